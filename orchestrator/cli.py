@@ -124,6 +124,9 @@ def cli() -> None:
 @click.option("--role", "roles", multiple=True, metavar="NAME=AGENT[:MODEL]", help="Who plays a role; repeatable.")
 @click.option("--prompt", help="Ask this, instead of the task's instruction.")
 @click.option("--sandbox", default="local", show_default=True, metavar="NAME", help="local, fake, or module:Class.")
+@click.option("--sandbox-option", "sandbox_options", multiple=True, metavar="K=V", help="A word of that sandbox's own.")
+@click.option("--image", metavar="IMAGE", help="A prebuilt image, over the task's own.")
+@click.option("--image-map", multiple=True, metavar="FROM=TO", help="TO stands for FROM, which cannot be had here.")
 @click.option(
     "--network",
     type=click.Choice(["gateway-only", "host", "none"]),
@@ -227,6 +230,8 @@ def _config(
     scene: Path | None,
     roles: tuple[str, ...],
     env: tuple[str, ...],
+    sandbox_options: tuple[str, ...],
+    image_map: tuple[str, ...],
     upstream_url: str | None,
     upstream_apis: tuple[str, ...],
     upstream_key_env: str | None,
@@ -245,6 +250,8 @@ def _config(
         "verifier": None if no_verify else "task",
         "turn_sec": options.pop("turn_timeout"),
         "idle_sec": options.pop("idle_timeout"),
+        "sandbox_options": _pairs("--sandbox-option", sandbox_options),
+        "image_map": _pairs("--image-map", image_map),
         **options,
     }
     options_of = {"turn_sec": "turn_timeout", "idle_sec": "idle_timeout", "scene": ""}
@@ -348,6 +355,17 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--env {one}: give NAME=VALUE, or the NAME of a variable that is set here")
         variables[name] = value if equals else os.environ[name]
     return variables
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    """`K=V` of an option that can be repeated."""
+    pairs = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{option} {one}: give {'FROM=TO' if 'map' in option else 'K=V'}")
+        pairs[key] = value
+    return pairs
 
 
 def _upstream(model: str, url: str | None, apis: Sequence[str], key_env: str | None) -> Any:
@@ -738,13 +756,18 @@ def _written(files: Sequence[Path], then: str, *, as_json: bool) -> int:
 
 @cli.command(short_help="Close what a killed process left behind.")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("runs"))
+@click.option("--sandbox", metavar="KIND", help="Give back what dead orchestrators left at this kind of sandbox.")
+@click.option("--sandbox-option", "sandbox_options", multiple=True, metavar="K=V", help="A word of that sandbox's own.")
 @json_option
-def reap(folder: Path, *, as_json: bool) -> int:
+def reap(folder: Path, *, sandbox: str | None, sandbox_options: tuple[str, ...], as_json: bool) -> int:
     """Take over rollouts whose process was killed: capture what is on disk, give everything back, close them.
 
     FOLDER is a rollout's folder, or one that holds several (by default `runs`). What is closed and holds nothing is
-    left alone, and so is what another process drives.
+    left alone, and so is what another process drives. With --sandbox no journal is needed: sandboxes of that kind are
+    found by the labels that they carry.
     """
+    if sandbox is not None:
+        return _swept(sandbox, _pairs("--sandbox-option", sandbox_options), as_json=as_json)
     if not folder.exists():
         raise ConfigError(f"{folder}: there is no such folder")
     rows = [_reaped(one) for one in ([folder] if (folder / "journal.jsonl").is_file() else _left_in(folder))]
@@ -757,6 +780,20 @@ def reap(folder: Path, *, as_json: bool) -> int:
         if not rows:
             click.echo("nothing to reap")
     return 1 if any(row["error"] for row in rows) else 0
+
+
+def _swept(kind: str, options: Mapping[str, str], *, as_json: bool) -> int:
+    """Give back what dead orchestrators left at one kind of sandbox."""
+    import anyio
+
+    from orchestrator.sandboxes import sweep
+
+    said = anyio.run(sweep, kind, options)
+    if as_json:
+        _print_json(list(said))
+    else:
+        click.echo("\n".join(said) or "nothing to reap")
+    return 0
 
 
 def _left_in(folder: Path) -> list[Path]:

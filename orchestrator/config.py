@@ -18,6 +18,7 @@ import attrs
 
 from orchestrator.journal import Sink
 from orchestrator.registry import AgentConfig, Registry, default_registry
+from orchestrator.sandboxes import Network
 from states.deadlines import DEADLINES
 from states.errors import ConfigError
 from states.events import BudgetSpent, Scope, Usage
@@ -26,7 +27,6 @@ from states.ports import AskHandler, AskUserRequest, Plan, Sandbox, Verifier
 
 UsageTracking = Literal["auto", "required", "off"]
 Policy = Literal["allow", "deny", "ask"]
-Network = Literal["gateway-only", "host", "none"]
 Keep = Literal["never", "on-failure", "always"]
 Hook = Callable[[Transition], Any]
 
@@ -132,7 +132,10 @@ class RolloutConfig:
         task: a task folder, a loaded `Task`, or None when `prompt` says all there is (then nothing is verified,
             unless a `verifier` is brought).
         scene: who takes turns. Give `agent` and `model` instead for the usual single turn.
-        sandbox: `local`, `fake`, `module:Class`, or an object that satisfies `Sandbox`.
+        sandbox: a kind of `orchestrator.sandboxes`, `module:Class`, or an object that satisfies `Sandbox`.
+        sandbox_options: words of that kind of sandbox, as `OPTIONS` of its module lists them.
+        image, image_map: a prebuilt image, over the task's own; and images that stand for ones which cannot be had.
+            For sandboxes that run images.
         network: what the sandbox can reach.
         out: the folder under which the rollout's own folder is made; None keeps journal and trajectory in memory.
         upstream: where models are called; None resolves each role's `model` from the environment.
@@ -169,6 +172,9 @@ class RolloutConfig:
     model: str = ""
     env: Mapping[str, str] = attrs.field(factory=dict, repr=lambda env: f"<{len(env)} variables>")
     sandbox: str | Sandbox | Callable[..., Sandbox] = "local"
+    sandbox_options: Mapping[str, str] = attrs.field(factory=dict)
+    image: str | None = None
+    image_map: Mapping[str, str] = attrs.field(factory=dict)
     network: Network = attrs.field(default="gateway-only", validator=_one_of("gateway-only", "host", "none"))
     keep_sandbox: Keep = attrs.field(default="never", validator=_one_of("never", "on-failure", "always"))
     out: Path | None = attrs.field(default=Path("runs"), converter=attrs.converters.optional(Path))

@@ -23,15 +23,14 @@ from orchestrator.metering import remove_socket
 from orchestrator.registry import Registry
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
+from orchestrator.sandboxes import reaper
 from orchestrator.world import started_at, write_result
 from states.deadlines import DEADLINES
-from states.errors import ConfigError, SandboxError
+from states.errors import ConfigError
 from states.events import Failure, Recovered, SandboxFailed, Usage
 from states.journal import Folded, Header, Record, Transition, fold
 from states.machine import Facts, Position
 from states.ports import Lease, Stage
-
-Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 async def reap(folder: Path) -> RolloutResult:
@@ -183,7 +182,7 @@ def _way(kind: str, header: Header) -> Callable[[Lease], Awaitable[tuple[str, ..
         if kind != "sandbox":
             return (f"the process that held {kind} {lease.name} is dead",)
         handle = lease.handle or _intended(lease, header)
-        await _reaper(handle.get("kind", ""))(handle)
+        await reaper(handle.get("kind", ""))(handle)
         return (f"sandbox {lease.name} was reaped",)
 
     return give_back
@@ -193,17 +192,3 @@ def _intended(lease: Lease, header: Header) -> Mapping[str, Any]:
     """How to find a sandbox that was killed on its way up: by the name that was chosen for it."""
     kind, scratch = header.info.get("sandbox"), header.info.get("scratch")
     return {"kind": kind, "name": lease.name, "root": f"{scratch}/{lease.name}"}
-
-
-def _reaper(kind: str) -> Reaper:
-    if kind == "local":
-        from orchestrator.sandboxes.local import reap as reap_local
-
-        return reap_local
-    if kind == "fake":
-        return _nothing_to_reap
-    raise SandboxError(f"nobody knows how to reap a sandbox of the kind {kind!r}")
-
-
-async def _nothing_to_reap(_handle: Mapping[str, Any]) -> None:
-    """A fake sandbox dies with its process."""

@@ -39,7 +39,8 @@ import attrs
 import msgspec
 from msgspec import Meta, Struct, field
 
-from orchestrator.config import Budgets, Network, Policy, Role, Scene, Turn, UsageTracking
+from orchestrator.config import Budgets, Policy, Role, Scene, Turn, UsageTracking
+from orchestrator.sandboxes import Network
 from orchestrator.tasks import documents, files
 from orchestrator.tasks.schema import Count, Seconds, Section, Text
 from orchestrator.tasks.task import Task, resolve_env

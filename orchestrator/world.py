@@ -37,7 +37,7 @@ from orchestrator.registry import Place
 from orchestrator.result import RolloutResult, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
 from orchestrator.transports import make_transport
-from states.deadlines import BOUNDED_BY_ROLLOUT, DEADLINES
+from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent
 from states.journal import Folded, Header
@@ -47,6 +47,8 @@ from states.ports import Connection, Lease, Meter, OpenTurn, Plan, Sandbox, Sand
 T = TypeVar("T")
 
 TURN_SEC = 900.0
+TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))
+"""What a rollout may take beyond its own limit: its sandbox must live as long."""
 VERIFIER_MARGIN_SEC = 60.0
 """What `verifying` gets beyond the task's own limit, for uploads and downloads around the run."""
 
@@ -214,6 +216,14 @@ class LiveWorld:
             cpus=limits.cpus if limits else None,
             memory_mb=limits.memory_mb if limits else None,
             storage_mb=limits.storage_mb if limits else None,
+            gpus=limits.gpus if limits else None,
+            image=self.config.image or (self.task.docker_image if self.task is not None else None),
+            build=self.task.dockerfile.parent if self.task is not None and self.task.dockerfile else None,
+            image_map=self.config.image_map,
+            labels={"rollout": self.id, **{f"owner-{key}": str(value) for key, value in owner().items()}},
+            ttl_sec=(self.config.timeout or DAY) + TEARDOWN_SEC,
+            options=self.config.sandbox_options,
+            note=self.note,
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),
         )
 
@@ -223,8 +233,11 @@ class LiveWorld:
             return
         from orchestrator.tasks.environment import install
 
-        for text in (*self.task.notes, *(await install(self.task, self.sandbox)).missing):
+        for text in self.task.notes:
             self.note(text)
+        if not self.sandbox.has_environment:
+            for text in (await install(self.task, self.sandbox)).missing:
+                self.note(text)
         if self.task.network == "public" and self.config.network != "host":
             self.note(f"the task asks for a public network; the sandbox has {self.config.network}")
 
@@ -423,7 +436,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
 
     Raises `ConfigError` (a `TaskError` for a malformed task) before anything exists but the folder.
     """
-    check_sandbox(config.sandbox)
+    check_sandbox(config.sandbox, config.sandbox_options)
     task = _task(config)
     cast = {role.name: _cast(config, role, task) for role in config.the_scene().roles}
     tracking = metering.decide(config, tuple(cast.values()))
@@ -586,6 +599,9 @@ def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking:
         "turns": [attrs.asdict(turn) for turn in config.the_scene().turns],
         "sandbox": config.sandbox if isinstance(config.sandbox, str) else type(config.sandbox).__qualname__,
         "network": config.network,
+        "image": config.image,
+        "image_map": dict(config.image_map),
+        "sandbox_options": dict(config.sandbox_options),
         "usage_tracking": config.usage_tracking,
         "tracked": tracking.tracked,
         "timeout": config.timeout,

@@ -155,11 +155,13 @@ class Sandbox(Protocol):
 
     `name` is chosen when the object is made (so that it can be journaled first) and `cwd` is where tasks work.
     `gateway_url` is the model gateway's base URL as seen from inside, None where it cannot be reached.
+    `has_environment`: it runs the task's own image, so nothing of the task's environment is to be brought in.
     """
 
     name: str
     cwd: str
     gateway_url: str | None
+    has_environment: bool
 
     async def start(self) -> Mapping[str, Any]:
         """Bring it up. Returns what a reaper needs to find it again (JSON values). Raises `SandboxError`."""

@@ -1,26 +1,59 @@
-"""Sandboxes: where a rollout runs. `make_sandbox` makes the one that a config names."""
+"""Sandboxes: where a rollout runs. `make_sandbox` makes the one that a config names.
+
+A kind that ships is a module of this package, named as the kind is, imported only when it is asked for:
+
+    OPTIONS: Mapping[str, str]                      its options, each with a sentence (`RolloutConfig.sandbox_options`)
+    make(spec: SandboxSpec) -> Sandbox              starts nothing; raises `ConfigError`
+    async reap(handle: Mapping[str, Any]) -> None   gives back what `Sandbox.start` returned, or would have; idempotent
+    async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
+
+`handle["kind"]` says whose `reap` it is. A sandbox of a user's own is `module:Class`, or anything that can be called
+with a `SandboxSpec`; its `reap`, an attribute of it, is called where there is one.
+"""
 
 from __future__ import annotations
 
 import importlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import attrs
 
-from states.errors import ConfigError
+from states.errors import ConfigError, MissingExtra, SandboxError
 from states.ports import Sandbox
+
+Network = Literal["gateway-only", "host", "none"]
+Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
+
+KINDS: Mapping[str, str] = {"local": "", "fake": ""}
+"""The kinds that ship, and the extra of ours that each needs."""
+
+
+def _unheard(_text: str) -> None:
+    """Nobody listens."""
 
 
 @attrs.frozen
 class SandboxSpec:
     """What a sandbox is made from. A `module:Class` or a callable of a user's own gets this as its one argument.
 
-    `sandbox` is what the config named. The gateway listens on the host's loopback at `gateway_port` and on the unix
-    socket `gateway_socket`; both are None when nothing is metered. `binds` are host folders that agents need, to be
-    visible read-only at their own paths. Limits that are None were not asked for.
+    Attributes:
+        sandbox: What the config named.
+        name: Chosen for it, and journaled before anything exists.
+        cwd: Where tasks work.
+        gateway_port: Where the model gateway listens on the host's loopback; None when nothing is metered.
+        gateway_socket: The unix socket on which it listens, too.
+        network: What it may reach.
+        cpus: Limits; None was not asked for. The same for `memory_mb`, `storage_mb`, `pids`, `gpus`.
+        image: A prebuilt image.
+        build: A folder with a `Dockerfile`, to be built where there is no `image`.
+        image_map: Images that stand for others, which cannot be had here: the `FROM` of a Dockerfile, or `image`.
+        labels: What is written on it, so that a reaper finds it: rollout, owner's host, pid and start.
+        ttl_sec: How long it may live at most, whatever happens to us.
+        binds: Host folders that agents need, to be visible read-only at their own paths.
+        options: Words of its kind, checked against the `OPTIONS` of that kind.
+        note: Says something worth knowing (an image that was built, a limit that cannot be kept) in the journal.
     """
 
     sandbox: str | Sandbox | Callable[..., Sandbox]
@@ -28,57 +61,80 @@ class SandboxSpec:
     cwd: str = "/app"
     gateway_port: int | None = None
     gateway_socket: Path | None = None
-    network: Literal["gateway-only", "host", "none"] = "gateway-only"
+    network: Network = "gateway-only"
     cpus: float | None = None
     memory_mb: int | None = None
     storage_mb: int | None = None
+    pids: int | None = None
+    gpus: int | None = None
+    image: str | None = None
+    build: Path | None = None
+    image_map: Mapping[str, str] = attrs.field(factory=dict)
+    labels: Mapping[str, str] = attrs.field(factory=dict)
+    ttl_sec: float | None = None
     binds: tuple[str, ...] = ()
+    options: Mapping[str, str] = attrs.field(factory=dict)
+    note: Callable[[str], None] = _unheard
 
 
-def check_sandbox(wanted: str | Sandbox | Callable[..., Sandbox]) -> None:
-    """Raise `ConfigError` when a config names a sandbox that there is not."""
-    if isinstance(wanted, str) and wanted not in ("local", "fake"):
-        _named(wanted)
+def check_sandbox(wanted: str | Sandbox | Callable[..., Sandbox], options: Mapping[str, str]) -> None:
+    """Raise `ConfigError` when a config names a sandbox, or an option of one, that there is not."""
+    if isinstance(wanted, str) and ":" in wanted:
+        _imported(wanted)
+    elif isinstance(wanted, str):
+        known = _kind(wanted).OPTIONS
+        if unknown := sorted(set(options) - set(known)):
+            has = ", ".join(known) or "none"
+            raise ConfigError(f"sandbox {wanted} has no option {unknown[0]!r}; it has {has}")
+    elif options and not _is_factory(wanted):
+        raise ConfigError("sandbox_options are for a sandbox that is made here, not for one that is brought")
 
 
 def make_sandbox(spec: SandboxSpec) -> Sandbox:
     """The sandbox that `spec` asks for; nothing is started. Raises `ConfigError` for a name that means nothing."""
     wanted = spec.sandbox
-    if wanted == "local":
-        return _local(spec)
-    if wanted == "fake":
-        from orchestrator.sandboxes.fake import FakeSandbox
-
-        url = f"http://127.0.0.1:{spec.gateway_port}" if spec.gateway_port else None
-        return FakeSandbox(name=spec.name, gateway_url=url)
     if isinstance(wanted, str):
-        return _named(wanted)(spec)
-    if callable(wanted) and not hasattr(wanted, "start"):
-        return wanted(spec)
+        make = _imported(wanted) if ":" in wanted else _kind(wanted).make
+        return cast(Sandbox, make(spec))
+    if _is_factory(wanted):
+        return cast(Callable[[SandboxSpec], Sandbox], wanted)(spec)
     return cast(Sandbox, wanted)
 
 
-def _local(spec: SandboxSpec) -> Sandbox:
-    from orchestrator.sandboxes.local import GatewayReach, Limits, LocalSandbox
-
-    reach = None
-    if spec.gateway_port is not None and spec.gateway_socket is not None:
-        reach = GatewayReach(spec.gateway_socket, spec.gateway_port)
-    return LocalSandbox(
-        name=spec.name,
-        cwd=spec.cwd,
-        root=Path(tempfile.gettempdir()) / spec.name,
-        gateway=reach,
-        network=spec.network,
-        limits=Limits(cpus=spec.cpus, memory_mb=spec.memory_mb, disk_mb=spec.storage_mb or Limits().disk_mb),
-        binds=tuple((Path(bind), bind) for bind in spec.binds),
-    )
+def reaper(kind: str) -> Reaper:
+    """What gives back a sandbox of this kind whose orchestrator is dead. Raises `SandboxError` when nobody knows."""
+    if kind in KINDS:
+        return cast(Reaper, _kind(kind).reap)
+    reap = getattr(_imported(kind), "reap", None) if ":" in kind else None
+    if reap is None:
+        raise SandboxError(f"nobody knows how to reap a sandbox of the kind {kind!r}")
+    return cast(Reaper, reap)
 
 
-def _named(name: str) -> Callable[[SandboxSpec], Sandbox]:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(f"sandbox {name!r} is not known; give local, fake, or module:Class")
+async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:
+    """Give back every sandbox of this kind that a dead orchestrator of this machine left: a sentence each."""
+    check_sandbox(kind, options)
+    return cast(tuple[str, ...], await _kind(kind).sweep(options))
+
+
+def _is_factory(wanted: object) -> bool:
+    return callable(wanted) and (isinstance(wanted, type) or not hasattr(wanted, "start"))
+
+
+def _kind(name: str) -> Any:
+    """The module of a kind that ships."""
+    if name not in KINDS:
+        raise ConfigError(f"sandbox {name!r} is not known; give {', '.join(KINDS)}, or module:Class")
+    try:
+        return importlib.import_module(f"orchestrator.sandboxes.{name}")
+    except ImportError as error:
+        if not KINDS[name]:
+            raise
+        raise MissingExtra(f"sandbox {name}: {error}; pip install 'rollout-orchestrator[{KINDS[name]}]'") from error
+
+
+def _imported(name: str) -> Callable[[SandboxSpec], Sandbox]:
+    module, _, attribute = name.partition(":")
     try:
         made: Any = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -36,7 +36,8 @@ from typing import Any, Final
 import anyio
 import attrs
 
-from states.errors import ExecTimeout, HandleRevoked, PathEscape, SandboxError
+from orchestrator.sandboxes import SandboxSpec
+from states.errors import ConfigError, ExecTimeout, HandleRevoked, PathEscape, SandboxError
 from states.ports import ExecResult
 
 HANG: Final = "hang"
@@ -337,6 +338,7 @@ class FakeSandbox:
     name: str = "fake"
     cwd: str = "/app"
     gateway_url: str | None = None
+    has_environment: bool = False
     files: dict[str, bytes] = attrs.field(factory=dict)
     modes: dict[str, int] = attrs.field(factory=dict)
     on_exec: OnExec | None = None
@@ -435,3 +437,21 @@ def _clean(path: str) -> str:
 
 def _within(path: str, folders: Sequence[str]) -> bool:
     return any(path == folder or path.startswith(folder + "/") for folder in folders)
+
+
+OPTIONS: Final[Mapping[str, str]] = {}
+
+
+def make(spec: SandboxSpec) -> FakeSandbox:
+    """The fake sandbox that a rollout's config asks for: it sees what this process sees, so the gateway too."""
+    url = f"http://127.0.0.1:{spec.gateway_port}" if spec.gateway_port else None
+    return FakeSandbox(name=spec.name, gateway_url=url)
+
+
+async def reap(_handle: Mapping[str, Any]) -> None:
+    """A fake sandbox dies with its process."""
+
+
+async def sweep(_options: Mapping[str, str]) -> tuple[str, ...]:
+    """There is nothing that could be left."""
+    raise ConfigError("a fake sandbox dies with its process: there is nothing to sweep")

@@ -38,6 +38,7 @@ import os
 import posixpath
 import re
 import signal
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -47,7 +48,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import attrs
 
-from orchestrator.sandboxes import _bwrap, _limits
+from orchestrator.sandboxes import SandboxSpec, _bwrap, _limits
 from orchestrator.sandboxes._bwrap import GATEWAY, SYSTEM_PATH
 from orchestrator.sandboxes._files import Mount, Tree, remove
 from orchestrator.sandboxes._limits import Limits
@@ -57,7 +58,7 @@ from orchestrator.sandboxes._process import Channel, Request, run
 from states.errors import ConfigError, HandleRevoked, QuietError, SandboxError
 from states.ports import ExecResult
 
-__all__ = ["Finding", "GatewayReach", "Limits", "LocalHandle", "LocalSandbox", "probe", "reap"]
+__all__ = ["Finding", "GatewayReach", "Limits", "LocalHandle", "LocalSandbox", "make", "probe", "reap", "sweep"]
 
 T = TypeVar("T")
 
@@ -281,6 +282,7 @@ class LocalSandbox:
     cwd: str = "/app"
     output_cap: int = 1 << 20
     gateway_url: str | None = attrs.field(init=False)
+    has_environment: bool = attrs.field(default=False, init=False)
     _phase: Literal["new", "up", "stopped"] = attrs.field(default="new", init=False)
     _handles: dict[tuple[str, bool], LocalHandle] = attrs.field(factory=dict, init=False)
     _lock: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
@@ -444,6 +446,30 @@ class LocalSandbox:
 
 
 # --- giving back what a dead orchestrator left ---
+
+
+OPTIONS: Final[Mapping[str, str]] = {}
+
+
+def make(spec: SandboxSpec) -> LocalSandbox:
+    """The local sandbox that a rollout's config asks for."""
+    reach = None
+    if spec.gateway_port is not None and spec.gateway_socket is not None:
+        reach = GatewayReach(spec.gateway_socket, spec.gateway_port)
+    return LocalSandbox(
+        name=spec.name,
+        cwd=spec.cwd,
+        root=Path(tempfile.gettempdir()) / spec.name,
+        gateway=reach,
+        network=spec.network,
+        limits=Limits(cpus=spec.cpus, memory_mb=spec.memory_mb, disk_mb=spec.storage_mb or Limits().disk_mb),
+        binds=tuple((Path(bind), bind) for bind in spec.binds),
+    )
+
+
+async def sweep(_options: Mapping[str, str]) -> tuple[str, ...]:
+    """Nothing of a local sandbox outlives its orchestrator but its folder, which is found from its journal alone."""
+    raise ConfigError("local sandboxes are found by their rollouts: give the folder of those instead of --sandbox")
 
 
 async def reap(handle: Mapping[str, Any]) -> None:

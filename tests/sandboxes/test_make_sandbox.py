@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.sandboxes import SandboxSpec, make_sandbox
+from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, reaper, sweep
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.sandboxes.local import GatewayReach, Limits, LocalSandbox
-from states.errors import ConfigError
+from states.errors import ConfigError, SandboxError
 
 
 def custom(spec):
@@ -52,3 +52,24 @@ def test_name_that_means_nothing_is_a_mistake(name):
     """One line that says which name and why."""
     with pytest.raises(ConfigError, match=name.split(":", maxsplit=1)[0]):
         make_sandbox(SandboxSpec(name, "r1"))
+
+
+def test_an_option_that_a_kind_does_not_have_is_a_mistake():
+    """Before anything exists, naming the option and those that there are."""
+    with pytest.raises(ConfigError, match="sandbox local has no option 'gpu'; it has none"):
+        check_sandbox("local", {"gpu": "1"})
+    with pytest.raises(ConfigError, match="not for one that is brought"):
+        check_sandbox(FakeSandbox(), {"gpu": "1"})
+
+
+def test_a_kind_that_nobody_can_reap_is_said():
+    """A lease that no code here can give back is an error of the sandbox, and stays open."""
+    with pytest.raises(SandboxError, match="nobody knows how to reap a sandbox of the kind 'theirs'"):
+        reaper("theirs")
+
+
+@pytest.mark.parametrize("kind", ["local", "fake"])
+async def test_kinds_that_leave_nothing_to_sweep_say_so(kind):
+    """What to do instead is said."""
+    with pytest.raises(ConfigError, match="sandbox"):
+        await sweep(kind, {})
