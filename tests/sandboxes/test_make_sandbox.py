@@ -68,6 +68,7 @@ def test_a_kind_that_nobody_can_reap_is_said():
         reaper("theirs")
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["local", "fake"])
 async def test_kinds_that_leave_nothing_to_sweep_say_so(kind):
     """What to do instead is said."""
