@@ -138,9 +138,10 @@ class RolloutConfig:
             For sandboxes that run images.
         network: what the sandbox can reach.
         out: the folder under which the rollout's own folder is made; None keeps journal and trajectory in memory.
-        upstream: where models are called; None resolves each role's `model` from the environment.
+        upstream: where models are called: an `Upstream` for all roles, or a callable that finds one by a role's model;
+            None finds it in the environment.
         usage_tracking: `auto` meters where that is possible, `required` refuses what cannot be metered, `off` meters
-            nothing and uses no gateway.
+            nothing and uses no gateway: with an `upstream` of your own, agents call that directly, with its key.
         gateway: a gateway that is shared with other rollouts; None starts one where it is needed.
         timeout: seconds for the whole rollout up to verification; scoring and teardown always get their own.
         turn_sec, idle_sec: limits of a turn for roles that set none; `turn_sec` defaults to the task's, or 900 s.

@@ -104,15 +104,23 @@ def _within_reach(config: RolloutConfig) -> bool:
 
 
 def upstream_for(config: RolloutConfig, role: Role, agent: AgentConfig) -> Any:
-    """Where this role's model is called; None for a role that calls none, or without a gateway."""
-    if not agent.calls_model or not agent.metered or config.usage_tracking == "off":
+    """Where this role's model is called; None for a role that calls none, or when nobody said and nothing is metered.
+
+    With `usage_tracking` off it is called directly, so it has to speak the agent's own wire format.
+    """
+    direct = config.usage_tracking == "off"
+    if not agent.calls_model or not agent.metered or (direct and config.upstream is None):
         return None
     if config.upstream is None and not role.model:
         raise ConfigError(f"agent {agent.name} calls a model: give model, for example openai/gpt-5")
     from orchestrator.gateway.upstream import Upstream
 
-    upstream = config.upstream or Upstream.for_model(role.model, os.environ)
-    upstream.check(agent.api)
+    brought = config.upstream(role.model) if callable(config.upstream) else config.upstream
+    upstream: Upstream = brought or Upstream.for_model(role.model, os.environ)
+    if direct:
+        upstream.check_direct(agent.api)
+    else:
+        upstream.check(agent.api)
     return upstream
 
 

@@ -248,11 +248,12 @@ class LiveWorld:
         member = self.cast[role]
         handle = self.sandbox.handle(f"{role}-{number}")
         self._handles[handle.name] = handle
-        key = self.models.key_for(member)
+        gateway, inside, key = self.models.gateway, self.sandbox.gateway_url, self.models.key_for(member)
         if key:
             self._redactor.add(key)
-        gateway = self.models.gateway
-        inside = self.sandbox.gateway_url
+        direct = member.upstream if self.config.usage_tracking == "off" else None
+        if direct is not None:  # an endpoint that was brought along is called as it is
+            inside, key = direct.root, direct.api_key or "none"
         transport = make_transport(
             member,
             self._places[role],

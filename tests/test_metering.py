@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import anyio.from_thread
 import pytest
 
-from orchestrator import AgentConfig, Budgets, ConfigError, Rollout, RolloutConfig
+from orchestrator import AgentConfig, Budgets, ConfigError, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.sandboxes.fake import FakeSandbox
+from orchestrator.tasks import DEMO_COMMAND, demo_task
 
 AGENT = AgentConfig("caller", "acp", launch=("caller",), in_image=True, api=("openai-chat",))
 
@@ -30,3 +33,63 @@ def test_a_budget_that_nobody_would_keep_is_refused(budgets):
     """Tokens and cost are seen at the gateway; without it the limit would be silently none."""
     with pytest.raises(ConfigError, match="usage_tracking is off"):
         rollout(sandbox=FakeSandbox(), usage_tracking="off", budgets=budgets)
+
+
+# --- an endpoint that is brought along ---------------------------------------------------------------------------
+
+ENDPOINT_KEY = "key-of-the-endpoint"
+
+
+@pytest.fixture
+def endpoint():
+    """A model endpoint of somebody's own, on a loop of its own: ours may be trio's."""
+    served = ScriptedUpstream(ShellScript(DEMO_COMMAND), apis=["openai-chat"], api_key=ENDPOINT_KEY)
+    with anyio.from_thread.start_blocking_portal("asyncio") as portal, portal.wrap_async_context_manager(served):
+        yield served
+
+
+@pytest.mark.sandbox
+@pytest.mark.anyio
+@pytest.mark.parametrize("agent", ["minimal-acp", "minimal"])
+async def test_an_endpoint_that_is_brought_along_is_called_directly(agent, endpoint, tmp_path):
+    """No gateway, so trio will do; its owner counts, we say that we did not, and its key is in no artifact."""
+    upstream = Upstream("scripted", f"{endpoint.url}/v1", ["openai-chat"], api_key=ENDPOINT_KEY)
+    config = RolloutConfig(
+        task=demo_task(), agent=agent, upstream=upstream, usage_tracking="off", network="host", out=tmp_path
+    )
+    result = await Rollout(config).run()
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0)
+    assert endpoint.usage.calls == 2
+    assert (result.usage.tracking, result.usage.reason) == ("untracked", "usage_tracking is off")
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert ENDPOINT_KEY.encode() not in written
+
+
+@pytest.mark.parametrize(
+    ("apis", "url", "mistake"),
+    [
+        (["anthropic-messages"], "http://127.0.0.1:9", "only the gateway translates"),
+        (["openai-chat"], "http://127.0.0.1:9/openai", "must end in /v1"),
+    ],
+)
+def test_an_endpoint_that_the_agent_cannot_call_is_refused(apis, url, mistake):
+    """Without the gateway nobody translates, and nobody puts paths together."""
+    with pytest.raises(ConfigError, match=mistake):
+        Rollout(
+            RolloutConfig(
+                prompt="Do it.", agent=AGENT, upstream=Upstream("m", url, apis), usage_tracking="off", out=None
+            )
+        )
+
+
+def test_each_role_can_have_an_endpoint_of_its_own():
+    """A callable is asked for each role's model."""
+    asked = []
+
+    def find(model):
+        asked.append(model)
+        return Upstream(model, "http://127.0.0.1:9/v1", ["openai-chat"])
+
+    scene = Scene((Role("a", AGENT, "one"), Role("b", AGENT, "two")), (Turn("a", "Do it."), Turn("b", "See it.")))
+    Rollout(RolloutConfig(scene=scene, upstream=find, out=None))
+    assert asked == ["one", "two"]

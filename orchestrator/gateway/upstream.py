@@ -157,6 +157,22 @@ class Upstream:
         if not self.apis.intersection(apis):
             require_litellm()
 
+    def check_direct(self, apis: Collection[Api]) -> None:
+        """Raise `ConfigError` when an agent that speaks only `apis` cannot call this model without our gateway."""
+        spoken = self.apis.intersection(apis)
+        if not spoken:
+            raise ConfigError(
+                f"model {self.model} speaks {', '.join(sorted(self.apis)) or 'no wire format that is known'}, an agent "
+                f"{', '.join(apis)}; only the gateway translates, and usage_tracking is off"
+            )
+        if not any(self.url(api) == self.root + FORMATS[api].path for api in spoken):
+            raise ConfigError(f"the base URL of model {self.model}, {self.base_url!r}, must end in /v1: agents add it")
+
+    @property
+    def root(self) -> str:
+        """The base URL without `/v1`: what a manifest's `${base_url}` is, when an agent calls this directly."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
     def url(self, api: Api, path: str = "") -> str:
         """Where calls of this format go; `path` replaces the format's own, both beginning with `/v1`."""
         base, path = self.base_url.rstrip("/"), path or FORMATS[api].path
