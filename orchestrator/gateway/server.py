@@ -37,7 +37,7 @@ from orchestrator.gateway.formats import CHAT, FORMATS, MESSAGES, Format, error_
 from orchestrator.gateway.litellm_child import SETTINGS
 from orchestrator.gateway.litellm_process import LeaseBook, LitellmProcess
 from orchestrator.gateway.meter import Call, Grant, RolloutMeter, Sink
-from orchestrator.gateway.relay import asks_usage, read, relay, without_usage
+from orchestrator.gateway.streaming import asks_usage, pass_on, read, without_usage
 from orchestrator.gateway.upstream import Upstream
 from states.errors import ConfigError, MissingExtra, OrchestratorError
 
@@ -261,7 +261,7 @@ class Gateway:
             headers = _some(answer.headers, _TO_CLIENT)
             if answer.status == 200 and answer.content_type == "text/event-stream":
                 chunks = answer.content.iter_any()
-                return await relay(call, request, headers, without_usage(call, chunks) if hide_usage else chunks)
+                return await pass_on(call, request, headers, without_usage(call, chunks) if hide_usage else chunks)
             content = await answer.read()
             call.arrived()
             call.reply = json_object(content)

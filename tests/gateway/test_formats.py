@@ -15,8 +15,8 @@ from orchestrator.gateway.formats import CHAT, FORMATS, MESSAGES, RESPONSES, err
 from orchestrator.gateway.llm_log import Interner, expand, redact
 from orchestrator.gateway.portable import LEFT_OUT, portable
 from orchestrator.gateway.prices import Prices
-from orchestrator.gateway.relay import without_usage
 from orchestrator.gateway.script import Call, Refuse, Say
+from orchestrator.gateway.streaming import without_usage
 from states.events import Usage
 
 REPLIES = {

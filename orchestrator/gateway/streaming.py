@@ -17,7 +17,7 @@ JSON = dict[str, Any]
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
-async def relay(
+async def pass_on(
     call: Call, request: web.Request, headers: dict[str, str], chunks: AsyncIterator[bytes]
 ) -> web.StreamResponse:
     """Send a stream on as it comes; when the client is gone, read on without it."""
