@@ -22,6 +22,7 @@ so that no clause has to sleep.
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Final, Literal
 import anyio
 
 from orchestrator.conformance.clauses import Clause, ClauseError, same, true
+from orchestrator.sandboxes import reaper
 from states.errors import ExecTimeout, PathEscape, SandboxError
 from states.ports import ByteChannel, Sandbox, SandboxHandle
 
@@ -594,6 +596,37 @@ async def ending_a_handle_ends_all_that_it_started(make: MakeSandbox) -> None:
         same("its stdout", await channel.receive(), b"")
 
 
+async def an_ended_handle_does_nothing_more(make: MakeSandbox) -> None:
+    """Whoever still holds a handle that was ended, or a channel of it, gets a SandboxError, and nothing happens."""
+    async with _up(make) as sandbox:
+        handle, other = await _opened(sandbox, "solver"), await _opened(sandbox, "other")
+        await handle.write_file("/app/before", b"x")
+        await handle.end()
+        for what, call in (
+            ("exec", lambda: handle.exec("echo late > /app/late")),
+            ("spawn", lambda: handle.spawn(["sh", "-c", "echo late > /app/late"])),
+            ("read_file", lambda: handle.read_file("/app/before")),
+            ("write_file", lambda: handle.write_file("/app/late", b"late")),
+            ("open", handle.open),
+        ):
+            with _refused(f"{what} after end"):
+                await call()
+        with _refused("what a late call wrote"):
+            await other.read_file("/app/late")
+
+
+async def services_of_the_task_live_on(make: MakeSandbox) -> None:
+    """Ending an agent's handle leaves the services that we started for the task, detached ones too."""
+    async with _up(make) as sandbox:
+        ours = await _opened(sandbox, "set-up", trusted=True)
+        await _output(ours, f"(setsid sh -c '{_holding('/app/service')}' </dev/null >/dev/null 2>&1 &) ; true")
+        await _held(ours, "/app/service")
+        agent = await _opened(sandbox, "solver")
+        await _output(agent, "true")
+        await agent.end()
+        true("the service is gone", not await _is_free(ours, "/app/service"))
+
+
 async def other_handles_live_on(make: MakeSandbox) -> None:
     """Ending one handle leaves what others started alone."""
     async with _up(make) as sandbox:
@@ -614,9 +647,9 @@ async def stop_ends_open_handles(make: MakeSandbox) -> None:
     handle = await _opened(sandbox, "solver")
     channel = await handle.spawn(["cat"])
     await sandbox.stop()
-    same("exit code", await channel.wait(), -9)
     with _refused("use after stop"):
         await handle.exec("true")
+    same("exit code", await channel.wait(), -9)
 
 
 async def a_cancelled_start_leaves_nothing(make: MakeSandbox) -> None:
@@ -628,6 +661,19 @@ async def a_cancelled_start_leaves_nothing(make: MakeSandbox) -> None:
         await sandbox.stop()
     async with _up(make) as sandbox:
         await sandbox.handle("solver").open()
+
+
+async def what_a_dead_owner_left_is_reaped(make: MakeSandbox) -> None:
+    """By what `start` returned, as JSON, a sandbox is given back without the object; twice is nothing."""
+    sandbox = make()
+    try:
+        found = dict(await sandbox.start())
+        same("as JSON", json.loads(json.dumps(found)), found)
+        same("what the same sandbox is found by", dict(await sandbox.start()), found)
+        await reaper(found["kind"])(found)
+        await reaper(found["kind"])(found)
+    finally:
+        await sandbox.stop()
 
 
 async def a_cancelled_open_leaves_nothing(make: MakeSandbox) -> None:
@@ -680,6 +726,7 @@ SANDBOX_CLAUSES: Final = (
             agents_cannot_reach_the_tests,
             processes_have_private_homes,
             ending_a_handle_ends_all_that_it_started,
+            services_of_the_task_live_on,
             other_handles_live_on,
             stop_ends_open_handles,
         )
@@ -696,6 +743,8 @@ SANDBOX_CLAUSES: Final = (
             home_and_tmp_are_private,
             start_and_stop_are_idempotent,
             handles_open_and_end_idempotently,
+            an_ended_handle_does_nothing_more,
+            what_a_dead_owner_left_is_reaped,
             a_cancelled_start_leaves_nothing,
             a_cancelled_open_leaves_nothing,
         )
