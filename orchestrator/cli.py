@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from orchestrator.registry import AgentConfig, Registry
     from orchestrator.result import RolloutResult
     from orchestrator.rollout import Rollout
+    from states.ports import Sandbox
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 EXIT_CODES: Mapping[int, str] = {
     0: "closed/rewarded or closed/unverified, whatever the reward is; any other command: it worked",
-    1: "closed/failed; validate: a mistake was found; doctor: the local sandbox cannot work; or an error of ours",
+    1: "closed/failed; validate: a mistake; conformance: a failed clause; doctor: no local sandbox; or an error of ours",
     2: "the command, or the configuration that it describes, cannot work; nothing was started",
     3: "closed/void: nothing was done that could be graded",
     4: "closed/cancelled",
@@ -830,6 +831,61 @@ def _reaped(folder: Path) -> dict[str, Any]:
         "leaked": list(result.leaked),
         "error": f"still held: {', '.join(result.leaked)}" if result.leaked else None,
     }
+
+
+# --- a sandbox of one's own ----------------------------------------------------------------------------------------
+
+
+@cli.command(short_help="Whether a sandbox does what rollouts need.")
+@click.argument("sandbox")
+@click.option("--sandbox-option", "sandbox_options", multiple=True, metavar="K=V", help="A word of that sandbox's own.")
+@click.option("--image", metavar="IMAGE", help="What it runs, where it runs images.")
+@click.option("-k", "word", default="", metavar="WORD", help="Only clauses whose name has this in it.")
+@json_option
+def conformance(sandbox: str, *, sandbox_options: tuple[str, ...], image: str | None, word: str, as_json: bool) -> int:
+    """Check that SANDBOX (local, fake, or module:Class) does what rollouts need, clause by clause.
+
+    Real sandboxes are made, used and given back. Exits with 1 when a clause fails.
+    """
+    import uuid
+
+    import anyio
+
+    from orchestrator.conformance import SANDBOX_CLAUSES, Outcome, run_clauses
+    from orchestrator.sandboxes import SandboxSpec, check_sandbox, lacks, make_sandbox
+
+    options = _pairs("--sandbox-option", sandbox_options)
+    check_sandbox(sandbox, options)
+    clauses = [clause for clause in SANDBOX_CLAUSES if word in clause.name]
+    if not clauses:
+        raise ConfigError(f"-k {word}: no clause has that in its name")
+
+    def make() -> Sandbox:
+        name = f"conformance-{uuid.uuid4().hex[:8]}"
+        return make_sandbox(SandboxSpec(sandbox, name, image=image, options=options))
+
+    def tell(outcome: Outcome) -> None:
+        if not as_json:
+            click.echo(
+                f"{click.style('pass', fg='green') if outcome.passed else click.style('FAIL', fg='red')}  ", nl=False
+            )
+            click.echo(outcome.clause.asserts if outcome.passed else f"{outcome.clause.name}: {outcome.said}")
+
+    async def run_all() -> tuple[Outcome, ...]:
+        return await run_clauses(make, lacks=lacks(sandbox), clauses=clauses, tell=tell)
+
+    outcomes = anyio.run(run_all)
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    if as_json:
+        rows = [
+            {"clause": o.clause.name, "asserts": o.clause.asserts, "passed": o.passed, "said": o.said} for o in outcomes
+        ]
+        _print_json({"sandbox": sandbox, "clauses": rows, "left_out": len(clauses) - len(outcomes)})
+    else:
+        left_out = len(clauses) - len(outcomes)
+        beside = f"; {left_out} left out, which it cannot meet by design" if left_out else ""
+        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} clauses hold{beside}")
+    return 1 if failed else 0
 
 
 # --- the machine it runs on ------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any, Final, Generic, TypeVar
 import anyio
 import attrs
 
+from states.errors import said
+
 T = TypeVar("T")
 
 CLAUSE_SEC: Final = 120.0
@@ -43,11 +45,16 @@ class Outcome:
 
 
 async def run_clauses(
-    part: Any, *, lacks: Collection[str] = (), clauses: Collection[Clause[Any]] | None = None
+    part: Any,
+    *,
+    lacks: Collection[str] = (),
+    clauses: Collection[Clause[Any]] | None = None,
+    tell: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> tuple[Outcome, ...]:
     """Run clauses one after the other; what a part `lacks` leaves out the clauses that need it. Raises nothing.
 
     `part` is what the clauses check: for those of sandboxes, which are the default, a callable that makes one.
+    `tell` hears of each outcome as soon as it is known.
     """
     if clauses is None:
         from orchestrator.conformance.sandbox import SANDBOX_CLAUSES
@@ -61,9 +68,10 @@ async def run_clauses(
             with anyio.fail_after(CLAUSE_SEC):
                 await clause.check(part)
         except Exception as exc:
-            outcomes.append(Outcome(clause, passed=False, said=f"{type(exc).__name__}: {exc}"))
+            outcomes.append(Outcome(clause, passed=False, said=f"{type(exc).__name__}: {said(exc)}"))
         else:
             outcomes.append(Outcome(clause, passed=True))
+        tell(outcomes[-1])
     return tuple(outcomes)
 
 

@@ -6,6 +6,7 @@ A kind that ships is a module of this package, named as the kind is, imported on
     make(spec: SandboxSpec) -> Sandbox              starts nothing; raises `ConfigError`
     async reap(handle: Mapping[str, Any]) -> None   gives back what `Sandbox.start` returned, or would have; idempotent
     async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
+    LACKS: frozenset[str]                           needs of conformance clauses that it cannot meet, by design
 
 `handle["kind"]` says whose `reap` it is. A sandbox of a user's own is `module:Class`, or anything that can be called
 with a `SandboxSpec`; its `reap`, an attribute of it, is called where there is one.
@@ -109,6 +110,12 @@ def reaper(kind: str) -> Reaper:
     if reap is None:
         raise SandboxError(f"nobody knows how to reap a sandbox of the kind {kind!r}")
     return cast(Reaper, reap)
+
+
+def lacks(wanted: str) -> frozenset[str]:
+    """What a sandbox cannot do by design, in the words of `Clause.needs`: `LACKS` of its module or class."""
+    part = _imported(wanted) if ":" in wanted else _kind(wanted)
+    return frozenset(getattr(part, "LACKS", ()))
 
 
 async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:

@@ -440,6 +440,7 @@ def _within(path: str, folders: Sequence[str]) -> bool:
 
 
 OPTIONS: Final[Mapping[str, str]] = {}
+LACKS: Final = frozenset({"processes", "large"})
 
 
 def make(spec: SandboxSpec) -> FakeSandbox:

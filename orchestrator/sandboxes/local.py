@@ -449,6 +449,7 @@ class LocalSandbox:
 
 
 OPTIONS: Final[Mapping[str, str]] = {}
+LACKS: Final[frozenset[str]] = frozenset()
 
 
 def make(spec: SandboxSpec) -> LocalSandbox:

@@ -437,3 +437,46 @@ def test_rollouts_are_listed_the_oldest_first(tmp_path):
 def test_a_line_is_cut_where_it_must_be():
     assert one_line("x" * 300, 20) == "x" * 16 + " ..."
     assert one_line("a\tb\n\nc", 20) == "a b c"
+
+
+# --- conformance --------------------------------------------------------------------------------------------------
+
+
+def muddled(spec):
+    """A sandbox of a user's own that loses what is written to it."""
+    from orchestrator.sandboxes.fake import FakeSandbox
+    from states.errors import SandboxError
+
+    return FakeSandbox(name=spec.name, faults={"read_file": SandboxError("it was here a moment ago")})
+
+
+muddled.LACKS = ("processes",)
+
+
+def test_a_sandbox_that_conforms_is_told_clause_by_clause(rollout):
+    """The clauses that it cannot meet by design are counted, not passed over."""
+    code, out, _ = rollout("conformance", "fake")
+    assert code == 0
+    assert "pass  Starting or stopping twice is nothing" in out
+    assert re.search(r"\d+ of \d+ clauses hold; \d+ left out", out)
+
+
+def test_a_sandbox_of_ones_own_that_does_not_conform_is_told_where(rollout, monkeypatch):
+    """Exit code 1, and each failed clause with what was seen."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    code, out, _ = rollout("conformance", "test_cli_commands:muddled", "--json")
+    rows = json.loads(out)["clauses"]
+    assert code == 1
+    failed = {row["clause"]: row["said"] for row in rows if not row["passed"]}
+    assert "it was here a moment ago" in failed["a_handle_reads_and_writes_files"]
+    assert any(row["passed"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nobody",), ("fake", "-k", "nothing-like-it"), ("fake", "--sandbox-option", "x")]
+)
+def test_conformance_of_what_there_is_not_is_a_mistake(rollout, arguments):
+    """A sentence and exit code 2."""
+    code, _, err = rollout("conformance", *arguments)
+    assert code == 2
+    assert arguments[-1] in err
