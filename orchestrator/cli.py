@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 EXIT_CODES: Mapping[int, str] = {
     0: "closed/rewarded or closed/unverified, whatever the reward is; any other command: it worked",
-    1: "closed/failed; validate: a mistake; conformance: a failed clause; doctor: no local sandbox; or an error of ours",
+    1: "closed/failed; validate: a mistake; conformance: a failed clause; doctor: no sandbox; or an error of ours",
     2: "the command, or the configuration that it describes, cannot work; nothing was started",
     3: "closed/void: nothing was done that could be graded",
     4: "closed/cancelled",
