@@ -342,5 +342,13 @@ _SOMEBODY = (*_TURN, *SESSION, "connecting", "paused", "checking", "quiescing")
 
 
 def run_sync(config: RolloutConfig, *, backend: str = "asyncio") -> RolloutResult:
-    """Run one rollout from a synchronous program. Inside a running loop, await `Rollout.run` instead."""
-    return anyio.run(Rollout(config).run, backend=backend)
+    """Run one rollout from a synchronous program. Inside a running loop, await `Rollout.run` instead.
+
+    Raises:
+        ConfigError: the configuration cannot work, or a loop runs in this thread.
+    """
+    try:
+        anyio.get_current_task()
+    except RuntimeError:  # no loop runs in this thread, as it should be
+        return anyio.run(Rollout(config).run, backend=backend)
+    raise ConfigError("a loop runs here already: await Rollout(config).run() instead of run_sync")
