@@ -80,12 +80,16 @@ class Namespace:
             return cls(argv[0], bwrap, control, Reader(errors), Reader(info), Writer(maps))
 
     async def configure(self, owner: int | None, settings: Callable[[int], dict[str, Any]]) -> None:
-        """Learn its PID 1, let `settings` put that under the limits, and only then let it run anything."""
+        """Learn its PID 1, let `settings` put that under the limits, and only then let it run anything.
+
+        It starts up meanwhile, and waits to be told: what the kernel takes to place it costs nothing.
+        """
         try:
             await self._learn()
-            told = await anyio.to_thread.run_sync(self._place, owner, settings)
             if owner is not None:
+                await anyio.to_thread.run_sync(_bwrap.write_maps, self.pid, owner)
                 await self._maps.write(b"x")
+            told = await anyio.to_thread.run_sync(settings, self.pid)
             await self.control.send(marshal.dumps(told), [])
             ready = await self.control.receive()
         except (ValueError, LookupError, OSError, SandboxError):
@@ -98,12 +102,6 @@ class Namespace:
             raise SandboxError(
                 f"bubblewrap could not start: {words or 'it said nothing'}; {_bwrap.why_not(words, self.program)}"
             )
-
-    def _place(self, owner: int | None, settings: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """Tell the kernel who PID 1 may be and under which limits it is: milliseconds in which it holds us up."""
-        if owner is not None:
-            _bwrap.write_maps(self.pid, owner)
-        return settings(self.pid)
 
     async def _learn(self) -> None:
         """Read from bwrap who PID 1 is. Raises `ValueError` or `LookupError` when it ended without having one."""

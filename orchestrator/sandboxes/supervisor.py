@@ -449,6 +449,8 @@ def main() -> NoReturn:
     """Run as PID 1; `sys.argv[1]` is the number of the control socket."""
     control = _socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(control.fileno(), False)
+    import ctypes  # noqa: F401 - what `guard` needs, loaded while we are put under our limits
+
     message, _ = receive(control)
     if not message:
         os._exit(0)

@@ -82,6 +82,18 @@ def rows() -> list[Row]:
         Row("from an agent's reply to `TurnEnded`, longest of 200", reply * 1000, 10, "ms"),
         Row("gateway passthrough, CPU a call", measured("bench_gateway()['plain']", "gateway"), 1, "ms"),
         Row("gateway passthrough streamed, CPU a call", measured("bench_gateway()['streamed']", "gateway"), 1, "ms"),
+        Row(
+            "local sandbox: open, a command, end; times a bare bwrap with its view and PID 1",
+            best_of(3, lambda: measured("local_times_bare()", "bench_sandboxes")),
+            1.5,
+            "x",
+        ),
+        Row(
+            "local sandbox: a command, times a bare bwrap spawn of it",
+            best_of(3, lambda: measured("command_times_bare()", "bench_sandboxes")),
+            1.5,
+            "x",
+        ),
         Row("`rollout --help`, CPU above a bare interpreter", measured(f"start_cpu({RUN_HELP!r})"), 0.25, "s"),
         Row("`import orchestrator`, CPU above it", measured("start_cpu('import orchestrator')"), 0.15, "s"),
         Row("heavy libraries that `import orchestrator` loads", measured("heavy_count('import orchestrator')"), 0, ""),

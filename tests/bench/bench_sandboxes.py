@@ -1,0 +1,79 @@
+"""What sandboxes cost, each beside the bare thing that it is made of, in wall time of the same run."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import anyio
+
+from orchestrator.sandboxes import _bwrap
+from orchestrator.sandboxes.local import LocalHandle, LocalSandbox
+
+LOADS = "import sys; sys.path.append('/run/rollout'); import ctypes, supervisor"
+"""What PID 1 of a local sandbox's handle loads before it is ready."""
+
+
+def _bare(handle: LocalHandle, *command: str) -> list[str]:
+    """A bubblewrap with the view of this handle and nothing of ours around it."""
+    argv = _bwrap.arguments(handle._view(), _bwrap.Fds(info=1, maps=0, control=2), "bench")
+    for option in ("--userns-block-fd", "--info-fd"):
+        if option in argv:
+            at = argv.index(option)
+            del argv[at : at + 2]
+    at = argv.index("--as-pid-1")
+    return [*argv[:at], "--", *(command or (argv[at + 2], "-I", "-S", "-c", LOADS))]
+
+
+def _seconds(argv: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(argv, check=True, env={})
+    return time.perf_counter() - began
+
+
+def local_times_bare(count: int = 40) -> float:
+    """A handle opened, one command, its end proven; times a bare spawn of the same view and the same PID 1."""
+
+    async def run() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            sandbox = LocalSandbox(name="bench", root=Path(name, "sandbox"))
+            await sandbox.start()
+            first = sandbox.handle("first")
+            await first.open()
+            bare, ours = [], []
+            for number in range(count):  # in pairs, so that both meet the same machine
+                bare.append(_seconds(_bare(first)))
+                handle = sandbox.handle(f"role-{number}")
+                began = time.perf_counter()
+                await handle.open()
+                await handle.exec("true")
+                await handle.end()
+                ours.append(time.perf_counter() - began)
+            await sandbox.stop()
+            return statistics.median(ours) / statistics.median(bare)
+
+    return anyio.run(run)
+
+
+def command_times_bare(count: int = 60) -> float:
+    """A command in a handle that is open, times a bare spawn of that command."""
+
+    async def run() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            sandbox = LocalSandbox(name="bench", root=Path(name, "sandbox"))
+            await sandbox.start()
+            handle = sandbox.handle("role")
+            await handle.open()
+            bare, ours = [], []
+            for _ in range(count):
+                bare.append(_seconds(_bare(handle, "/bin/true")))
+                began = time.perf_counter()
+                await handle.exec("true")
+                ours.append(time.perf_counter() - began)
+            await sandbox.stop()
+            return statistics.median(ours) / statistics.median(bare)
+
+    return anyio.run(run)
