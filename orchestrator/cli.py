@@ -157,6 +157,16 @@ def cli() -> None:
     show_default=True,
     help="Meter model calls where that is possible, or else refuse, or never.",
 )
+@click.option(
+    "--gateway-reach",
+    default="auto",
+    show_default=True,
+    metavar="HOW",
+    help="How the sandbox finds the gateway: auto, relay, none, or a URL that you expose.",
+)
+@click.option(
+    "--gateway-port", type=int, default=0, metavar="N", help="Where the gateway listens here; any by default."
+)
 @click.option("--upstream-url", metavar="URL", help="Where the model is served, when not at its provider.")
 @click.option(
     "--upstream-api",

@@ -45,6 +45,16 @@ def _one_of(*words: str) -> Callable[[Any, Any, Any], None]:
     return check
 
 
+def _port(_instance: Any, _attribute: Any, value: Any) -> None:
+    if not (isinstance(value, int) and 0 <= value < 65_536):
+        raise ConfigError(f"gateway_port must be a port, or 0 for any free one, not {value!r}")
+
+
+def _reach(_instance: Any, _attribute: Any, value: str) -> None:
+    if value not in ("auto", "relay", "none") and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", str(value)):
+        raise ConfigError(f"gateway_reach is auto, relay, none, or the URL of the gateway (http://...), not {value!r}")
+
+
 def _safe(_instance: Any, _attribute: Any, value: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
         raise ConfigError(f"a role's name is letters, digits, '_', '.' and '-', not {value!r}: folders are named by it")
@@ -143,6 +153,10 @@ class RolloutConfig:
         usage_tracking: `auto` meters where that is possible, `required` refuses what cannot be metered, `off` meters
             nothing and uses no gateway: with an `upstream` of your own, agents call that directly, with its key.
         gateway: a gateway that is shared with other rollouts; None starts one where it is needed.
+        gateway_port: where that one listens on this host's loopback; 0 is any free port.
+        gateway_reach: how a sandbox finds the gateway: `auto` (by itself where it can, else by a relay), `relay` (a
+            small program on the sandbox's own Python 3 carries the calls over the sandbox's channel), a URL that you
+            expose and that ends at the gateway (give `gateway_port` then, or bring the gateway), or `none`.
         timeout: seconds for the whole rollout up to verification; scoring and teardown always get their own.
         turn_sec, idle_sec: limits of a turn for roles that set none; `turn_sec` defaults to the task's, or 900 s.
         budgets: what the rollout may spend.
@@ -182,6 +196,8 @@ class RolloutConfig:
     upstream: Any = None
     usage_tracking: UsageTracking = attrs.field(default="auto", validator=_one_of("auto", "required", "off"))
     gateway: Any = None
+    gateway_port: int = attrs.field(default=0, validator=_port)
+    gateway_reach: str = attrs.field(default="auto", validator=_reach)
     timeout: float | None = attrs.field(default=None, validator=_seconds)
     turn_sec: float | None = attrs.field(default=None, validator=_seconds)
     idle_sec: float | None = attrs.field(default=None, validator=_seconds)
@@ -211,6 +227,10 @@ class RolloutConfig:
             raise ConfigError("give either a scene or an agent")
         if self.scene is not None and self.model:
             raise ConfigError("a scene's roles carry their own model; model goes with agent")
+        if self.gateway is not None and self.gateway_port:
+            raise ConfigError("gateway_port is for a gateway that is started here; the one that is brought has its own")
+        if "://" in self.gateway_reach and self.gateway is None and not self.gateway_port:
+            raise ConfigError(f"what answers at {self.gateway_reach} must know where the gateway is: give gateway_port")
         for state, seconds in self.deadlines.items():
             if state not in DEADLINES:
                 raise ConfigError(f"deadlines: no state is called {state!r}; known are {', '.join(DEADLINES)}")

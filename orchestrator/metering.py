@@ -14,9 +14,9 @@ import attrs
 
 from orchestrator.config import Role, RolloutConfig
 from orchestrator.registry import AgentConfig
-from states.errors import ConfigError
+from states.errors import ConfigError, SandboxError
 from states.events import Usage
-from states.ports import Leases
+from states.ports import Leases, Sandbox
 
 
 @attrs.frozen
@@ -91,16 +91,38 @@ def _why_not(config: RolloutConfig, cast: Sequence[Cast]) -> str:
             return f"agent {agent.name} cannot be pointed at a gateway (its manifest names no api)"
         if config.network == "none" and agent.calls_from == "sandbox":
             return f"agent {agent.name} calls its model from a sandbox that has no network"
-        if agent.calls_from == "sandbox" and not _within_reach(config):
-            return f"agent {agent.name} calls its model from a sandbox that cannot reach the gateway"
+        if agent.calls_from == "sandbox" and (why := _out_of_reach(config)):
+            return f"agent {agent.name} calls its model from a sandbox that cannot reach the gateway: {why}"
     return ""
 
 
-def _within_reach(config: RolloutConfig) -> bool:
-    """Whether a sandbox of this config reaches the gateway, as far as that is known before it is made."""
-    if config.sandbox == "local":
-        return config.gateway is None or config.gateway.socket_path is not None
-    return isinstance(config.sandbox, str | type) or getattr(config.sandbox, "gateway_url", "") is not None
+def _out_of_reach(config: RolloutConfig) -> str:
+    """Why a sandbox of this config does not reach the gateway, as far as that is known before it is made.
+
+    Raises `ConfigError` when what was asked for can never be.
+    """
+    reach, sandbox = config.gateway_reach, config.sandbox
+    if reach == "none":
+        return "gateway_reach is none"
+    if sandbox == "local" and config.network == "gateway-only":
+        if reach != "auto":
+            raise ConfigError(
+                f"gateway_reach {reach}: in a local sandbox with network gateway-only each role has a loopback "
+                "interface of its own, on which it finds the gateway by itself: leave it at auto"
+            )
+        shared = config.gateway is None or config.gateway.socket_path is not None
+        return "" if shared else "the gateway that is brought has no socket_path"
+    if isinstance(sandbox, str | type) or "://" in reach:
+        return ""
+    by_itself = reach == "auto" and getattr(sandbox, "gateway_url", None) is not None
+    return "" if by_itself else why_no_relay(sandbox)
+
+
+def why_no_relay(sandbox: Any) -> str:
+    """Why no relay can serve this sandbox; empty when one can."""
+    if getattr(sandbox, "shared_loopback", True):
+        return ""
+    return "each of its roles has a loopback interface of its own"
 
 
 def upstream_for(config: RolloutConfig, role: Role, agent: AgentConfig) -> Any:
@@ -141,15 +163,16 @@ def remove_socket(handle: Mapping[str, Any]) -> None:
 class ModelAccess:
     """One rollout's way to its models: a key at a gateway, which counts what is called with it.
 
-    `gateway` is one that is shared with other rollouts; without it, one is started here and stopped on `close`.
+    The gateway is the config's, shared with other rollouts; without one, one is started here and stopped on `close`.
     """
 
     _rollout: str
     _metering: Metering
-    _shared: Any
+    _config: RolloutConfig
     _sink: Callable[[dict[str, Any]], None]
     leases: Leases | None = None
     _own: list[Any] = attrs.field(factory=list, init=False)
+    _relays: list[Any] = attrs.field(factory=list, init=False)
     _folder: list[Path] = attrs.field(factory=list, init=False)
     _meters: list[Any] = attrs.field(factory=list, init=False)
 
@@ -157,12 +180,12 @@ class ModelAccess:
         """Get a key, starting a gateway where none was brought. Raises `ConfigError` off asyncio."""
         from orchestrator.gateway.server import Gateway
 
-        if self._shared is None:
+        if self._config.gateway is None:
             self._folder.append(Path(tempfile.mkdtemp(prefix=SOCKET_FOLDER)))
             socket = self._folder[0] / SOCKET
             if self.leases is not None:
                 self.leases.hold("gateway-key", self._rollout, {"socket": str(socket)})
-            gateway = Gateway(socket_path=socket, leases=self.leases)
+            gateway = Gateway(socket_path=socket, port=self._config.gateway_port, leases=self.leases)
             self._own.append(gateway)
             await gateway.start()
         upstream = next(member.upstream for member in cast if member.upstream is not None)
@@ -173,7 +196,7 @@ class ModelAccess:
         """The gateway in use; None when nothing is metered."""
         if not self._metering.tracked:
             return None
-        return self._shared if self._shared is not None else self._own[0]
+        return self._config.gateway if self._config.gateway is not None else self._own[0]
 
     @property
     def meter(self) -> Any:
@@ -187,11 +210,44 @@ class ModelAccess:
         key: str = self._meters[0].key_for(member.name, member.upstream)
         return key
 
+    async def reach_from(self, sandbox: Sandbox, note: Callable[[str], None]) -> None:
+        """Bring the gateway within reach of a sandbox that is up: start a relay where it needs one.
+
+        Raises `SandboxError` when none starts. `note` is told when it ends before its time.
+        """
+        from orchestrator.gateway.relay_host import GatewayRelay
+
+        reach = self._config.gateway_reach
+        if reach != "relay" and (reach != "auto" or sandbox.gateway_url is not None):
+            return
+        if why := why_no_relay(sandbox):
+            raise SandboxError(f"no relay to the model gateway can serve sandbox {sandbox.name}: {why}")
+        self._relays.append(GatewayRelay(sandbox, self.gateway.port, note=note, hindered=self.meter.hindered))
+        await self._relays[0].start()
+
+    def url_from(self, sandbox: Sandbox) -> str | None:
+        """The gateway as this sandbox sees it, without `/v1`; None where it does not."""
+        reach = self._config.gateway_reach
+        if "://" in reach:
+            return reach.rstrip("/") if self._metering.tracked else None
+        if reach == "none":
+            return None
+        url: str | None = self._relays[0].url if self._relays else sandbox.gateway_url
+        return url
+
+    async def leave(self) -> None:
+        """End what runs in the sandbox for us. Idempotent."""
+        while self._relays:
+            await self._relays.pop().stop()
+
     async def close(self) -> None:
         """Revoke the key, and stop the gateway if it is ours. Idempotent."""
         for meter in self._meters:
             meter.close()
-        while self._own:
-            await self._own.pop().stop()
-        while self._folder:
-            shutil.rmtree(self._folder.pop(), ignore_errors=True)
+        try:
+            await self.leave()
+        finally:
+            while self._own:
+                await self._own.pop().stop()
+            while self._folder:
+                shutil.rmtree(self._folder.pop(), ignore_errors=True)

@@ -228,7 +228,10 @@ class LiveWorld:
         )
 
     async def install(self) -> None:
-        """Bring the task's files in; what its environment lacks without a build is a note."""
+        """Bring the gateway within reach, and the task's files in; what is missing without a build is a note."""
+        callers = [member for member in self.cast.values() if member.agent.calls_model]
+        if self.tracking.tracked and any(member.agent.calls_from == "sandbox" for member in callers):
+            await self.models.reach_from(self.sandbox, self.note)
         if self.task is None:
             return
         from orchestrator.tasks.environment import install
@@ -248,7 +251,7 @@ class LiveWorld:
         member = self.cast[role]
         handle = self.sandbox.handle(f"{role}-{number}")
         self._handles[handle.name] = handle
-        gateway, inside, key = self.models.gateway, self.sandbox.gateway_url, self.models.key_for(member)
+        gateway, inside, key = self.models.gateway, self.models.url_from(self.sandbox), self.models.key_for(member)
         if key:
             self._redactor.add(key)
         direct = member.upstream if self.config.usage_tracking == "off" else None
@@ -368,6 +371,7 @@ class LiveWorld:
         return keep
 
     async def _stop_sandbox(self, _lease: Lease) -> tuple[str, ...]:
+        await self.models.leave()
         for handle in self._handles.values():
             await handle.end()
         await self.sandbox.stop()
@@ -482,7 +486,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         questions,
         cast,
         tracking,
-        ModelAccess(rollout, tracking, config.gateway, model_called),
+        ModelAccess(rollout, tracking, config, model_called),
         folder,
         task,
         plan,
@@ -604,6 +608,7 @@ def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking:
         "image_map": dict(config.image_map),
         "sandbox_options": dict(config.sandbox_options),
         "usage_tracking": config.usage_tracking,
+        "gateway_reach": config.gateway_reach,
         "tracked": tracking.tracked,
         "timeout": config.timeout,
         "deadlines": dict(config.deadlines),

@@ -9,6 +9,7 @@ from orchestrator import AgentConfig, Budgets, ConfigError, Role, Rollout, Rollo
 from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.sandboxes.fake import FakeSandbox
+from orchestrator.sandboxes.local import LocalSandbox
 from orchestrator.tasks import DEMO_COMMAND, demo_task
 
 AGENT = AgentConfig("caller", "acp", launch=("caller",), in_image=True, api=("openai-chat",))
@@ -22,10 +23,42 @@ def rollout(**config):
 
 def test_a_sandbox_that_cannot_reach_the_gateway_is_not_metered():
     """Else its agent, which never hears of the gateway, would be called idle."""
-    assert rollout(sandbox=FakeSandbox()).result().usage.tracking == "untracked"
+    usage = rollout(sandbox=FakeSandbox(), gateway_reach="none").result().usage
+    assert (usage.tracking, usage.reason) == (
+        "untracked",
+        "agent caller calls its model from a sandbox that cannot reach the gateway: gateway_reach is none",
+    )
+    with pytest.raises(ConfigError, match="gateway_reach is none"):
+        rollout(sandbox=FakeSandbox(), gateway_reach="none", usage_tracking="required")
+
+
+def test_a_sandbox_that_does_not_see_the_gateway_is_metered_by_a_relay(tmp_path):
+    """Unless each of its roles has a loopback interface of its own, where nobody would find the relay."""
     assert rollout(sandbox=FakeSandbox(gateway_url="http://here")).result().usage.tracking == "metered"
-    with pytest.raises(ConfigError, match="cannot reach the gateway"):
-        rollout(sandbox=FakeSandbox(), usage_tracking="required")
+    assert rollout(sandbox=FakeSandbox()).result().usage.tracking == "metered"
+    apart = rollout(sandbox=LocalSandbox(name="apart", root=tmp_path / "apart")).result().usage
+    assert apart.tracking == "untracked"
+    assert "a loopback interface of its own" in apart.reason
+    shared = LocalSandbox(name="shared", root=tmp_path / "shared", network="host")
+    assert rollout(sandbox=shared, network="host").result().usage.tracking == "metered"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"gateway_reach": "carrier pigeon"}, "gateway_reach is auto, relay, none, or the URL"),
+        ({"gateway_reach": "ftp://here"}, "gateway_reach is auto, relay, none, or the URL"),
+        ({"gateway_reach": "https://here.example"}, "give gateway_port"),
+        ({"gateway_port": 70_000}, "gateway_port must be a port"),
+        ({"gateway_port": 1, "gateway": object()}, "the one that is brought has its own"),
+        ({"gateway_reach": "relay", "sandbox": "local"}, "leave it at auto"),
+        ({"gateway_reach": "http://x", "gateway_port": 1, "sandbox": "local"}, "leave it at auto"),
+    ],
+)
+def test_a_way_to_the_gateway_that_cannot_be_is_refused(settings, says):
+    """In one sentence, before anything is started."""
+    with pytest.raises(ConfigError, match=says):
+        rollout(**{"sandbox": FakeSandbox(), **settings})
 
 
 @pytest.mark.parametrize("budgets", [Budgets(tokens=1), Budgets(cost=0.1)])

@@ -156,6 +156,10 @@ class RolloutMeter:
         total = self.usage()
         return message if status not in _AGENTS_OWN or total.calls == total.failed_calls else None
 
+    def hindered(self, error: OrchestratorError) -> None:
+        """Something of ours kept calls from coming in: that is our `error`, until a call succeeds again."""
+        self._own_failure = error
+
     # --- for the gateway ---------------------------------------------------------------------------------------
 
     def began(self, grant: Grant, form: Format, request: JSON) -> Call:
@@ -185,7 +189,9 @@ class RolloutMeter:
             answered = f"HTTP {call.status}" if call.status else "no answer"
             self._last_failure = call.status, f"{answered} from {call.grant.upstream.model}: {call.error}"
         else:
-            self._last_failure = self._own_failure = None
+            self._last_failure = None
+            if not call.hung_up:  # else nobody heard the answer: what kept it from its agent is still to be said
+                self._own_failure = None
         try:
             self._sink(self._line(call))
         except OrchestratorError as error:

@@ -302,6 +302,11 @@ class LocalSandbox:
                 raise ConfigError(f"{what} of a local sandbox must be a clean absolute path below /, not {path!r}")
 
     @property
+    def shared_loopback(self) -> bool:
+        """Whether what one handle serves on loopback another one reaches: a relay to the gateway needs that."""
+        return self.network == "host"
+
+    @property
     def unenforced(self) -> tuple[str, ...]:
         """The limits that this machine cannot enforce, as sentences. Known once the sandbox has started."""
         return self._fallback.unenforced
