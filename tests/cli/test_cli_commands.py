@@ -101,6 +101,14 @@ def test_version_is_one_line(rollout):
     assert out.startswith("rollout")
 
 
+def test_the_package_is_the_program():
+    """`python -m orchestrator` says what `rollout` says, where its folder of scripts is not on the PATH."""
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("rollout ")
+
+
 def test_help_loads_nothing_heavy():
     """What costs time is imported by the command that needs it."""
     code = "import sys\nfrom orchestrator.cli import main\nmain(['--help'])\n"
