@@ -5,17 +5,19 @@ A line that a kill tore in half is the last one: readers leave it out, and a wri
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import attrs
 import msgspec
 
 from states.errors import JournalError
 from states.events import Event
-from states.journal import SCHEMA, Cause, Header, LeaseRecord, Note, Record, Transition
+from states.journal import SCHEMA, Cause, Header, LeaseRecord, Note, Record, Stopped, Transition
 from states.machine import EVENTS, Rules
 from states.ports import Lease
 
@@ -92,7 +94,7 @@ class FileSink:
         """Append one line."""
         try:
             if not self._fds:
-                self._fds.append(_open_for_append(self.path))
+                self._open()
             _write_all(self._fds[0], line + b"\n")
         except OSError as error:
             self.close()  # whoever goes on all the same begins a new line behind one that is torn
@@ -103,13 +105,53 @@ class FileSink:
         while self._fds:
             os.close(self._fds.pop())
 
+    def _open(self) -> None:
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fds.append(fd)
+        self._claim(fd)
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            os.write(fd, b"\n")  # a kill tore the last line; what follows must not be lost with it
 
-def _open_for_append(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    size = os.fstat(fd).st_size
-    if size and os.pread(fd, 1, size - 1) != b"\n":
-        os.write(fd, b"\n")  # a kill tore the last line; what follows must not be lost with it
-    return fd
+    def _claim(self, fd: int) -> None:
+        """Anybody may append."""
+
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+"""What file systems say that know no locks: there, whoever takes a rollout over goes by its owner's process alone."""
+
+
+@attrs.define(eq=False)
+class JournalSink(FileSink):
+    """The journal itself, of which there is one writer: a lock that the kernel takes back when its process dies."""
+
+    _unlocked: list[OSError] = attrs.field(factory=list, init=False)
+
+    def claim(self) -> Literal["ours", "taken", "unknown"]:
+        """Become its writer, until `close`: whether we are, or somebody else is, or the file system cannot say.
+
+        Raises `JournalError` when it cannot be opened.
+        """
+        try:
+            if not self._fds:
+                self._open()
+        except BlockingIOError:
+            self.close()
+            return "taken"
+        except OSError as error:
+            self.close()
+            raise JournalError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        return "unknown" if self._unlocked else "ours"
+
+    def _claim(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process writes it, one at a time can") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._unlocked.append(error)
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -139,6 +181,8 @@ def to_json(record: Record) -> dict[str, Any]:
             return {"type": "lease", "seq": seq, "time": time, "action": action, "lease": lease}
         case Note(seq=seq, time=time, text=text):
             return {"type": "note", "seq": seq, "time": time, "text": text}
+        case Stopped(seq=seq, time=time, by=by):
+            return {"type": "stopped", "seq": seq, "time": time, "by": by}
 
 
 def event_data(event: Event) -> dict[str, Any]:
@@ -175,11 +219,16 @@ def _read_note(raw: dict[str, Any]) -> Note:
     return Note(raw["seq"], raw["time"], raw["text"])
 
 
+def _read_stopped(raw: dict[str, Any]) -> Stopped:
+    return Stopped(raw["seq"], raw["time"], raw["by"])
+
+
 _READERS: dict[str, Callable[[dict[str, Any]], Record]] = {
     "header": _read_header,
     "transition": _read_transition,
     "lease": _read_lease,
     "note": _read_note,
+    "stopped": _read_stopped,
 }
 
 

@@ -42,32 +42,32 @@ class Hold:
     """What an operator holds: while it is held, the plan's next decision is a pause. Its time is not the rollout's."""
 
     _monotonic: Callable[[], float]
-    _held: list[anyio.Event] = attrs.field(factory=list, init=False)
+    _held: list[tuple[str, anyio.Event]] = attrs.field(factory=list, init=False)
     _by: list[str] = attrs.field(factory=list, init=False)
     paused_sec: float = attrs.field(default=0.0, init=False)
 
-    def pause(self) -> None:
-        """Hold the plan."""
+    def pause(self, by: str) -> None:
+        """Hold the plan. Who holds it already goes on to."""
         if not self._held:
-            self._held.append(anyio.Event())
+            self._held.append((by, anyio.Event()))
 
     def resume(self, by: str) -> None:
         """Let it go on."""
         self._by.append(by)
         while self._held:
-            self._held.pop().set()
+            self._held.pop()[1].set()
 
     @property
-    def held(self) -> bool:
-        """Whether it is held."""
-        return bool(self._held)
+    def held(self) -> str | None:
+        """Who holds it; None while nobody does."""
+        return self._held[0][0] if self._held else None
 
     async def resumed(self) -> str:
         """Wait until it is not held any more; who let it go."""
         since = self._monotonic()
         try:
             while self._held:
-                await self._held[0].wait()
+                await self._held[0][1].wait()
         finally:
             self.paused_sec += self._monotonic() - since
         return self._by[-1] if self._by else "operator"

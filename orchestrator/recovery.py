@@ -8,7 +8,7 @@ was given stands, and every lease is returned by the reaper of its kind.
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ import msgspec
 
 from orchestrator.capture import TurnSegment, recovered
 from orchestrator.config import RolloutConfig
-from orchestrator.journal import FileSink, JournalWriter, read_journal, read_lines
+from orchestrator.journal import FileSink, JournalSink, JournalWriter, read_journal, read_lines
 from orchestrator.leases import JournaledLeases
 from orchestrator.metering import remove_socket
 from orchestrator.registry import Registry
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes import reaper
-from orchestrator.world import started_at, write_result
+from orchestrator.world import owner, started_at, write_result
 from states.deadlines import DEADLINES
 from states.errors import ConfigError
-from states.events import Failure, Recovered, SandboxFailed, Usage
+from states.events import Cancelled, Event, Failure, Recovered, SandboxFailed, Usage
 from states.journal import Folded, Header, Record, Transition, fold
 from states.machine import Facts, Position
 from states.ports import Lease, Stage
@@ -43,11 +43,8 @@ async def reap(folder: Path) -> RolloutResult:
     >>> result.state                              # doctest: +SKIP
     'closed/failed'
     """
-    records = read_journal(folder)
-    folded = fold(records)
-    if not folded.position.closed:
-        _refuse_living(folded.header)
-    world = ReaperWorld.over(folder, folded, records)
+    taken = take(folder)
+    folded, world = taken.folded, ReaperWorld.over(taken)
     if folded.position.closed:
         try:
             for lease in world.leases.open():
@@ -55,22 +52,73 @@ async def reap(folder: Path) -> RolloutResult:
         finally:
             world.journal.close()
         return world.result(folded.position)
-    incarnation = 2 + sum(isinstance(r, Transition) and r.event.name == "Recovered" for r in records)
-    died = Failure("harness", "Killed", f"its orchestrator died in {folded.position.state}")
-    rollout = Rollout.taken_over(world, folded.position, _NOTHING_MORE, Recovered(incarnation), SandboxFailed(died))
-    return await rollout.run()
+    why: Event = SandboxFailed(Failure("harness", "Killed", f"its orchestrator died in {folded.position.state}"))
+    if folded.stopped:
+        why = Cancelled("operator", f"it was stopped by {folded.stopped}, and not resumed")
+    return await Rollout.taken_over(world, folded.position, _NOTHING_MORE, taken.recovered(), why).run()
 
 
 _NOTHING_MORE = RolloutConfig(agent="", prompt="", out=None, registry=Registry())
 """A rollout that was taken over asks for nothing: its world only gives back."""
 
 
-def _refuse_living(header: Header) -> None:
-    owner = header.info.get("owner") or {}
-    if owner.get("host") != socket.gethostname():
-        raise ConfigError(f"rollout {header.rollout} ran on {owner.get('host')!r}: reap it there")
-    if owner.get("started") and started_at(owner["pid"]) == owner["started"]:
-        raise ConfigError(f"rollout {header.rollout} is driven by process {owner['pid']}, which is alive: cancel it")
+@attrs.frozen
+class Taken:
+    """A rollout that nobody drives, its journal ours to write."""
+
+    folder: Path
+    sink: JournalSink
+    records: list[Record]
+    folded: Folded
+
+    def recovered(self) -> Recovered:
+        """The event of taking it over."""
+        return Recovered(2 + sum(isinstance(record.event, Recovered) for record in moves(self.records)), owner())
+
+
+def take(folder: Path) -> Taken:
+    """Become the one who writes the journal in `folder`.
+
+    Raises `ConfigError` when somebody else does or did elsewhere, `JournalError` when it cannot be read or written.
+    """
+    known = read_journal(folder)
+    owned, rollout = owner_of(known), folder.name
+    if owned.get("host") != socket.gethostname() and not fold(known).position.closed:
+        raise ConfigError(f"rollout {rollout} ran on {owned.get('host')!r}: it can be taken over there alone")
+    sink = JournalSink(folder / "journal.jsonl")
+    whose = sink.claim()
+    if whose == "taken" or (whose == "unknown" and is_alive(owned)):
+        sink.close()
+        alive = f"is driven by process {owned.get('pid')}, which is alive"
+        raise ConfigError(f"rollout {rollout} {alive}: `rollout cancel {folder}` ends it")
+    try:
+        records = read_journal(folder)  # once more: until now somebody else may have written it
+        return Taken(folder, sink, records, fold(records))
+    except BaseException:
+        sink.close()
+        raise
+
+
+def owner_of(records: Iterable[Record]) -> Mapping[str, Any]:
+    """Which process drives a rollout, or was the last to: `host`, `pid`, `started`."""
+    known: Mapping[str, Any] = {}
+    for record in records:
+        match record:
+            case Header(info=info):
+                known = info.get("owner") or {}
+            case Transition(event=Recovered(owner=found)) if found:
+                known = found
+    return known
+
+
+def is_alive(owned: Mapping[str, Any]) -> bool:
+    """Whether the process of `owner_of` is there, on this machine."""
+    return bool(owned.get("started")) and started_at(int(owned["pid"])) == owned["started"]
+
+
+def moves(records: Iterable[Record]) -> Iterator[Transition]:
+    """The transitions among these records."""
+    return (record for record in records if isinstance(record, Transition))
 
 
 @attrs.frozen
@@ -119,11 +167,11 @@ class ReaperWorld:
     leaving: bool = False
 
     @classmethod
-    def over(cls, folder: Path, folded: Folded, records: list[Record]) -> ReaperWorld:
-        """The world of the rollout in `folder`."""
-        header = folded.header
+    def over(cls, taken: Taken) -> ReaperWorld:
+        """The world of a rollout that was taken."""
+        folder, folded, header = taken.folder, taken.folded, taken.folded.header
         clock = RolloutConfig(agent="", prompt="", registry=Registry()).clock
-        journal = JournalWriter(FileSink(folder / "journal.jsonl"), clock, header, list(records))
+        journal = JournalWriter(taken.sink, clock, header, taken.records)
         ways = {kind: _way(kind, header) for kind in ("sandbox", "agent", "gateway-key", "process", "tests")}
         return cls(
             header.rollout,

@@ -130,7 +130,8 @@ def verdict_of(folded: Folded) -> Verdict:
         case "failed":
             return Verdict("harness", "failed")
         case None:
-            return Verdict("operator", f"not over: stopped in {folded.position.state}")
+            how = f", stopped by {folded.stopped}" if folded.stopped else ""
+            return Verdict("operator", f"not over: in {folded.position.state}{how}")
 
 
 def seconds_by_state(start: float, moves: Sequence[Transition]) -> dict[str, float]:

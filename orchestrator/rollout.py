@@ -19,6 +19,7 @@ import inspect
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Self, cast
 
 import anyio
@@ -26,7 +27,7 @@ import anyio.lowlevel
 import attrs
 
 from orchestrator._tasks import Detached
-from orchestrator.config import RolloutConfig
+from orchestrator.config import Hook, RolloutConfig
 from orchestrator.journal import JournalWriter
 from orchestrator.result import RolloutResult, Verdict
 from orchestrator.world import build_world
@@ -46,7 +47,7 @@ from states import (
 )
 from states.deadlines import EXPIRY, OWNERS, crashed
 from states.errors import ConfigError, JournalError, OrchestratorError, said
-from states.events import ABSENT, Cancelled, Event, Failure, Interrupted, SandboxFailed
+from states.events import ABSENT, Cancelled, Event, Failure, Interrupted, Recovered, SandboxFailed
 from states.journal import Cause, Record, Transition
 from states.machine import CAPTURING, SESSION, Facts, Position, fire, rows, stays
 from states.ports import AskHandler, OpenTurn, Stage, Vacant
@@ -94,6 +95,8 @@ class Rollout:
     _inbox: deque[Event]
     _running: list[anyio.CancelScope]
     _unheard: deque[Transition]
+    listeners: list[Hook]
+    """Who is told of each transition beside the config's hooks, from when it adds itself until it takes itself out."""
 
     def __init__(self, config: RolloutConfig) -> None:
         self.config = config
@@ -103,14 +106,20 @@ class Rollout:
         self.id = world.id
         self._world, self._journal = world, world.journal
         self._position, self._stage = position, Vacant()
-        self._inbox, self._running, self._unheard = deque(), [], deque()
+        self._inbox, self._running, self._unheard, self.listeners = deque(), [], deque(), []
 
     @classmethod
-    def taken_over(cls, world: Any, position: Position, config: RolloutConfig, *events: Event) -> Self:
-        """A rollout whose process is dead, where its journal says that it stands; `events` are fired next."""
+    def taken_over(
+        cls, world: Any, position: Position, config: RolloutConfig, recovered: Recovered, *events: Event
+    ) -> Self:
+        """A rollout whose process is dead, where its journal says that it stands.
+
+        That it was taken over is journaled now, in every state; `events` are fired next. Raises `JournalError`.
+        """
         rollout = cls.__new__(cls)
         rollout.config = config
         rollout._begin(world, position)  # noqa: SLF001
+        rollout._fire(recovered, "recovery")  # noqa: SLF001
         for event in events:
             rollout._post(event)  # noqa: SLF001
         return rollout
@@ -136,6 +145,18 @@ class Rollout:
     def closed(self) -> bool:
         """Whether it is over."""
         return self._position.closed
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its artifacts are; None when it keeps them in memory."""
+        folder: Path | None = self._world.folder
+        return folder
+
+    @property
+    def held(self) -> str | None:
+        """Who holds it before its next turn (`pause`); None while nobody does."""
+        held: str | None = self._world.held()
+        return held
 
     @property
     def journal(self) -> tuple[Record, ...]:
@@ -203,7 +224,7 @@ class Rollout:
             raise ConfigError(f"rollout {self.id} is being driven already: one at a time")
         self._inbox = deque(event for event in self._inbox if rows(self.state, type(event)))
         if self._inbox:
-            moved = self._fire(self._inbox.popleft(), "outside")
+            moved = self._fire(*_from_outside(self._inbox.popleft()))
         else:
             moved = self._fire(*await self._handle(self.state))
         try:
@@ -231,7 +252,7 @@ class Rollout:
             finally:
                 self._running.remove(scope)
         if self._inbox:
-            return self._inbox.popleft(), "outside"
+            return _from_outside(self._inbox.popleft())
         failure = Failure(OWNERS[state], "DeadlinePassed", f"{state} took longer than {seconds:g} s")
         return EXPIRY[state](failure, seconds), "deadline"
 
@@ -253,7 +274,7 @@ class Rollout:
         """Tell the hooks; they cannot break a rollout."""
         while self._unheard:
             moved = self._unheard.popleft()
-            for hook in self.config.hooks:
+            for hook in (*self.config.hooks, *self.listeners):
                 try:
                     with anyio.fail_after(HOOK_SEC):
                         answer = hook(moved)
@@ -271,7 +292,7 @@ class Rollout:
             return
         if stays(self.state, type(event)):
             try:
-                self._fire(event, "outside")
+                self._fire(*_from_outside(event))
             except JournalError:
                 self._inbox.append(event)  # the step that runs will meet the same error; whoever told us is not to
             return
@@ -279,31 +300,40 @@ class Rollout:
         for scope in self._running:
             scope.cancel()
 
-    def cancel(self, by: str = "code", why: str = "") -> None:
+    def cancel(self, by: str = "code", why: str = "") -> bool:
         """It is not wanted any more: captured, released, closed. Legal in every state; a second one changes nothing.
 
-        From another thread, call it through the loop (`loop.call_soon_threadsafe`, `anyio.from_thread.run_sync`).
+        Returns whether this one changes how it ends. From another thread, call it through the loop
+        (`loop.call_soon_threadsafe`, `anyio.from_thread.run_sync`); from another process, see `orchestrator.control`.
         """
+        first = not self.closed and self.facts.ending is None and not self._waits_for(Cancelled)
         self._post(Cancelled(by, why))
+        return first
 
-    def interrupt(self, by: str = "operator") -> None:
-        """Cancel the turn in flight, not the rollout. Without a turn in flight nothing happens."""
+    def interrupt(self, by: str = "operator") -> bool:
+        """Cancel the turn in flight, not the rollout. Returns whether there was one; without, nothing happens."""
+        turn = self.state == "executing" and not self._inbox
         self._post(Interrupted(by))
+        return turn
 
     def stop(self, by: str = "operator") -> None:
-        """Stop driving it, with its leases held.
+        """Stop driving it, with its leases held, so that it can go on later (`orchestrator.recovery.resume`).
 
         The turn in flight is interrupted and captured, and `run` returns at the next `disconnected` or `verifying`.
         """
-        self._world.leave(by)
+        with contextlib.suppress(JournalError):  # the step that runs will meet the same error
+            self._world.leave(by)
         self.interrupt(by)
 
     async def detach(self) -> None:
-        """After a stop, when this process ends: close what cannot outlive it (the gateway), keep the leases.
+        """After a stop: close what cannot outlive this process (gateway, open files), keep the leases.
 
-        Whoever takes the rollout over finds them in its journal.
+        Whoever takes the rollout over finds them in its journal, which is free to be taken from now on.
         """
-        await self._world.models.close()
+        await self._world.detach()
+
+    def _waits_for(self, kind: type[Event]) -> bool:
+        return any(isinstance(event, kind) for event in self._inbox)
 
     def _is_stopped(self) -> bool:
         return self._world.leaving and self.state in ("disconnected", "verifying")
@@ -312,17 +342,30 @@ class Rollout:
         """A host that watches its own sandbox says that it is gone."""
         self._post(SandboxFailed(Failure("sandbox", "SandboxError", why)))
 
-    def pause(self) -> None:
-        """Hold the plan before its next turn."""
-        self._world.pause()
+    def pause(self, by: str = "operator") -> bool:
+        """Hold the plan before its next turn; the turn in flight is taken to its end.
 
-    def resume(self, by: str = "operator") -> None:
-        """Let a paused rollout go on."""
+        Returns whether that changes anything: not where somebody holds it already, nor where no turn can follow.
+        """
+        over = self.closed or self.facts.ending is not None or self.state in ("verifying", "releasing")
+        if over or self.held is not None:
+            return False
+        self._world.pause(by)
+        return True
+
+    def resume(self, by: str = "operator") -> bool:
+        """Let a paused rollout go on. Returns whether anybody held it."""
+        held = self.held is not None
         self._world.resume(by)
+        return held
 
     def on_ask_user(self, handler: AskHandler | None) -> None:
         """Bind who answers the agents' questions, over role swaps too; None goes back to the policy."""
         self._world.questions.bind(handler)
+
+
+def _from_outside(event: Event) -> tuple[Event, Cause]:
+    return event, "recovery" if isinstance(event, Recovered) else "outside"
 
 
 def stage_after(stage: Stage, event: Event, state: str) -> Stage:

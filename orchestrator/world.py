@@ -27,7 +27,7 @@ from orchestrator._tasks import first_of
 from orchestrator.capture import RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
 from orchestrator.config import Budgets, RolloutConfig
 from orchestrator.directors import DirectedPlan, Story
-from orchestrator.journal import FileSink, JournalWriter, MemorySink, Sink, encode_any
+from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
 from orchestrator.plans import FixedPlan, Hold
@@ -40,7 +40,7 @@ from orchestrator.transports import make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent
-from states.journal import Folded, Header
+from states.journal import Folded, Header, Stopped
 from states.machine import Facts, Position, Rules
 from states.ports import Connection, Lease, Meter, OpenTurn, Plan, Sandbox, SandboxHandle, Seat, Stage, Verifier
 
@@ -145,9 +145,8 @@ class LiveWorld:
                 own = self.task.verification.timeout_sec + VERIFIER_MARGIN_SEC
         return min(own, self.time_left()) if state in BOUNDED_BY_ROLLOUT else own
 
-    @property
-    def held(self) -> bool:
-        """Whether the operator holds the rollout before its next turn."""
+    def held(self) -> str | None:
+        """Who holds the rollout before its next turn; None while nobody does."""
         return self._hold.held
 
     @property
@@ -156,13 +155,14 @@ class LiveWorld:
         return bool(self._stops)
 
     def leave(self, by: str) -> None:
-        """Keep no session, and no pause: it is to stop being driven."""
+        """Keep no session, and no pause: it is to stop being driven. Raises `JournalError`."""
         self._stops.append(by)
         self._hold.resume(by)
+        self.journal.write(lambda seq, now: Stopped(seq, now, by))
 
-    def pause(self) -> None:
+    def pause(self, by: str) -> None:
         """Hold the plan before its next turn."""
-        self._hold.pause()
+        self._hold.pause(by)
 
     def resume(self, by: str) -> None:
         """Let the plan go on."""
@@ -360,6 +360,15 @@ class LiveWorld:
         with contextlib.suppress(Exception):
             await self.models.close()
 
+    async def detach(self) -> None:
+        """Nobody drives it here any more: close what cannot outlive this process, keep the leases. Idempotent."""
+        await self.models.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for file in (self.journal, self._trajectory, self._llm):
+            file.close()
+
     def keeps(self, lease: Lease, facts: Facts) -> bool:
         """Whether the sandbox is to be looked at: always, or when nothing was rewarded (`keep_sandbox`)."""
         wish = self.config.keep_sandbox
@@ -397,7 +406,7 @@ class LiveWorld:
         """What came of it so far, where it stands at `position`: what folding the journal would give, without that."""
         leases: dict[tuple[str, str], Lease] = {(lease.kind, lease.name): lease for lease in self.leases.open()}
         result = result_of(
-            Folded(self.journal.header, position, leases),
+            Folded(self.journal.header, position, leases, stopped="".join(self._stops[-1:])),
             self.journal.records,
             task=self.task.name if self.task is not None else "",
             tracking="metered" if self.tracking.tracked else "untracked",
@@ -408,8 +417,7 @@ class LiveWorld:
 
     def close(self, position: Position) -> None:
         """Write the result and give the files back."""
-        for file in (self.journal, self._trajectory, self._llm):
-            file.close()
+        self._close_files()
         while self._scratch:
             shutil.rmtree(self._scratch.pop(), ignore_errors=True)
         if self.folder is not None:
@@ -463,7 +471,8 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     steps = FileSink(folder / "trajectory.jsonl") if folder else MemorySink()
     trajectory = RedactingSink(steps, redactor)
 
-    journal = RedactingSink(config.journal, redactor) if config.journal else sink("journal.jsonl")
+    lines = config.journal or (JournalSink(folder / "journal.jsonl") if folder else MemorySink())
+    journal = RedactingSink(lines, redactor)
     header = Header(rollout, rules, config.clock(), info=_about(config, task, cast, tracking))
     llm, bell, hold = sink("llm.jsonl"), Bell(), Hold(config.monotonic)
 

@@ -14,12 +14,14 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
     Raises (fires `Failed`) when the rollout may not be graded: no agent ever connected, or the provider failed.
     """
     facts = rollout.facts
-    if world.held:
-        return Paused()
+    if by := world.held():
+        return Paused(by)
     if world.time_left() <= 0:
         decision = Next("done", why="the rollout's time is up")
     else:
         decision = facts.next or await world.plan.next(facts)
+        if (by := world.held()) and decision.kind != "pause":
+            return Paused(by, decision)  # somebody holds it since the plan was asked: what it decided is kept
     match decision.kind:
         case "turn":
             seat = world.seat(decision.role, facts.assigned + 1)
@@ -27,8 +29,8 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
         case "check":
             return CheckAsked()
         case "pause":
-            world.pause()
-            return Paused()
+            world.pause("plan")
+            return Paused("plan")
         case _:  # done
             _may_be_graded(rollout, world)
             return PlanDone(decision.why)

@@ -222,9 +222,10 @@ class Checked(Event):
 
 @attrs.frozen
 class Paused(Event):
-    """The operator holds the plan between turns."""
+    """Somebody holds the plan between turns. What it had decided meanwhile is kept, so that nobody asks it twice."""
 
     by: str = "operator"
+    next: Next | None = None
 
 
 @attrs.frozen
@@ -372,7 +373,7 @@ class SandboxFailed(Event):
 
 @attrs.frozen
 class Cancelled(Event):
-    """The rollout is not wanted any more. `by`: code, signal, host scope or terminal."""
+    """The rollout is not wanted any more. `by`: code, host, operator, terminal, or a signal's name."""
 
     by: str = "code"
     why: str = ""
@@ -380,9 +381,10 @@ class Cancelled(Event):
 
 @attrs.frozen
 class Recovered(Event):
-    """A new process took the rollout over from its journal."""
+    """A new process, `owner`, took the rollout over from its journal: host, pid, and when that process started."""
 
     incarnation: int
+    owner: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen

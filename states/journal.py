@@ -13,14 +13,15 @@ from typing import Any, Literal
 import attrs
 
 from states.errors import IllegalTransition, JournalError
-from states.events import Event
+from states.events import Event, Recovered
 from states.machine import Position, Rules, fire
 from states.ports import Lease
 
 SCHEMA = 1
 
 Cause = Literal["handler", "deadline", "error", "outside", "recovery"]
-"""Why an event fired: a handler returned it, its state's deadline passed, it raised, or it came from outside."""
+"""Why an event fired: a handler returned it, its state's deadline passed, it raised, it came from outside, or a new
+process took over."""
 
 
 @attrs.frozen
@@ -65,17 +66,30 @@ class Note:
     text: str
 
 
-Record = Header | Transition | LeaseRecord | Note
+@attrs.frozen
+class Stopped:
+    """Whoever drives it was asked to stop driving it: what it holds stays held until it goes on, or is given up."""
+
+    seq: int
+    time: float
+    by: str
+
+
+Record = Header | Transition | LeaseRecord | Note | Stopped
 
 
 @attrs.frozen
 class Folded:
-    """What a journal says: where the rollout stands, what it holds, and the number of its last record."""
+    """What a journal says: where the rollout stands, what it holds, and the number of its last record.
+
+    `stopped` is who asked that it be driven no further, empty while nobody did, and once it has been taken over.
+    """
 
     header: Header
     position: Position = Position()
     leases: Mapping[tuple[str, str], Lease] = attrs.field(factory=dict)
     seq: int = 0
+    stopped: str = ""
 
     @property
     def rules(self) -> Rules:
@@ -89,12 +103,15 @@ def fold_record(folded: Folded, record: Record) -> Folded:
         case Header():
             raise JournalError(f"a second header ({record.rollout}) in the journal of {folded.header.rollout}")
         case Transition():
-            return attrs.evolve(folded, position=_moved(folded, record), seq=record.seq)
+            stopped = "" if isinstance(record.event, Recovered) else folded.stopped
+            return attrs.evolve(folded, position=_moved(folded, record), seq=record.seq, stopped=stopped)
         case LeaseRecord(action=action, lease=lease):
             key = (lease.kind, lease.name)
             others = {k: v for k, v in folded.leases.items() if k != key}
             leases = others if action == "returned" else {**others, key: lease}
             return attrs.evolve(folded, leases=leases, seq=record.seq)
+        case Stopped(by=by):
+            return attrs.evolve(folded, seq=record.seq, stopped=by)
         case _:  # a note moves nothing
             return attrs.evolve(folded, seq=record.seq)
 

@@ -338,6 +338,7 @@ _CHANGES: Mapping[type[Event], Callable[[Facts, Any, Row, Rules], dict[str, Any]
         ev.RoleSwapped: lambda _facts, event, *_: {"next": event.next},
         ev.PlanDone: _decided("done"),
         ev.CheckAsked: _decided("check"),
+        ev.Paused: lambda facts, event, *_: {"next": event.next or facts.next},
         ev.Lost: lambda *_: {"link": "gone"},
         ev.Unresponsive: lambda *_: {"link": "gone"},
         ev.Recovered: _gone,

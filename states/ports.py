@@ -451,11 +451,10 @@ class World(Protocol):
     def sandbox(self) -> Sandbox:
         """Where it runs; made when `prepare` is done."""
 
-    @property
-    def held(self) -> bool:
-        """Whether the operator holds the rollout before its next turn."""
+    def held(self) -> str | None:
+        """Who holds the rollout before its next turn; None while nobody does."""
 
-    def pause(self) -> None:
+    def pause(self, by: str) -> None:
         """Hold the plan before its next turn; the plan itself may ask for that."""
 
     @property

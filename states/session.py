@@ -12,8 +12,8 @@ async def run(rollout: Rollout, world: World) -> Prompted | RoleSwapped | PlanDo
     """Take the pending decision, or ask the plan, while watching that the agent does not go away."""
     connection = rollout.stage
     assert isinstance(connection, Connection), f"a session needs a connection, not {connection}"
-    if world.held:
-        return Paused()
+    if by := world.held():
+        return Paused(by)
     if world.time_left() <= 0:
         return PlanDone("the rollout's time is up")
     if rollout.facts.next is not None:
@@ -27,7 +27,11 @@ async def run(rollout: Rollout, world: World) -> Prompted | RoleSwapped | PlanDo
 
     came = await world.first(decided, lost)
     # Acting opens a segment, so nothing may be awaited from here on: a cancel now comes before it, or after the event.
-    return came if isinstance(came, Lost) else _act(came, rollout, world, connection)
+    if isinstance(came, Lost):
+        return came
+    if (by := world.held()) and came.kind != "pause":
+        return Paused(by, came)  # somebody holds it since the plan was asked: what it decided is kept
+    return _act(came, rollout, world, connection)
 
 
 def _act(decision: Next, rollout: Rollout, world: World, connection: Connection) -> Decided:
@@ -43,7 +47,7 @@ def _act(decision: Next, rollout: Rollout, world: World, connection: Connection)
         case "check":
             return CheckAsked()
         case "pause":
-            world.pause()
-            return Paused()
+            world.pause("plan")
+            return Paused("plan")
         case _:  # done
             return PlanDone(decision.why)
