@@ -7,7 +7,7 @@
 Importing this opens no file, starts no thread and touches no logger, signal handler, environment variable or loop.
 """
 
-from orchestrator.config import Budgets, Role, RolloutConfig, Scene, Turn
+from orchestrator.config import Budgets, DirectorRole, Role, RolloutConfig, Scene, Turn
 from orchestrator.registry import AgentConfig, Registry, register_agent
 from orchestrator.result import RolloutResult, TrackedUsage, Verdict
 from orchestrator.rollout import Rollout, run_sync
@@ -16,6 +16,7 @@ from states.errors import (
     AgentLost,
     ConfigError,
     ConnectError,
+    DirectorError,
     ExecTimeout,
     HandleRevoked,
     IllegalTransition,
@@ -52,6 +53,8 @@ __all__ = [
     "Budgets",
     "ConfigError",
     "ConnectError",
+    "DirectorError",
+    "DirectorRole",
     "ExecResult",
     "ExecTimeout",
     "HandleRevoked",

@@ -86,19 +86,19 @@ class Turn:
 
 @attrs.frozen
 class Scene:
-    """Roles, and the order in which they take turns in one sandbox.
+    """Roles, and the order in which they take turns in one sandbox. Without turns it takes a director to lead it.
 
     >>> Scene.single("oracle").turns
     (Turn(role='agent', prompt=None),)
     """
 
     roles: tuple[Role, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[Turn, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         names = [role.name for role in self.roles]
-        if not names or not self.turns:
-            raise ConfigError("a scene needs at least one role and one turn")
+        if not names:
+            raise ConfigError("a scene needs at least one role")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(f"two roles of the scene are called {twice[0]!r}")
         for turn in self.turns:
@@ -109,6 +109,26 @@ class Scene:
     def single(cls, agent: str | AgentConfig, *, prompt: str | None = None, name: str = "agent", **role: Any) -> Scene:
         """One role that takes one turn; further keywords are those of `Role`."""
         return cls((Role(name, agent, **role),), (Turn(name, prompt),))
+
+
+@attrs.frozen
+class DirectorRole:
+    """A director that is an agent: a role which takes no turns itself, and says between them what comes next.
+
+    Its agent is a session factory that lives in our own process, outside the sandbox. The scene's own turns are taken
+    first, each with what the director adds to it; after them it leads. See `orchestrator.directing`.
+
+    Args:
+        role: Its name, agent, model and environment; no other role of the scene has this name.
+        brief: Who it is, what it wants, and what it alone knows. Told to it once, before anything else.
+        limit: It leads until so many turns were taken in all; None leaves that to `max_turns`.
+        checks: How many soft verifications it may ask for.
+    """
+
+    role: Role
+    brief: str = attrs.field(default="", repr=lambda brief: f"<{len(brief)} characters>")
+    limit: int | None = None
+    checks: int = 0
 
 
 @attrs.frozen
@@ -167,8 +187,9 @@ class RolloutConfig:
             default answers, and the answer says so.
         env: variables of every role's agent, passed as given and redacted by value.
         hooks: called with each transition; an error of one is a note in the journal.
-        director: who decides the next turn by what happened so far (`orchestrator.directors`); the scene then only
-            says which roles there are.
+        director: who decides the next turn by what happened so far. A callable (`orchestrator.directors`): the scene
+            then only says which roles there are. Or an agent (`orchestrator.directing`): a `DirectorRole`, such as
+            `model_user` makes, or the name of a role of the scene that takes no turns.
         max_turns, max_checks: bounds on what a director may ask for.
         plan: the same at the level of `states.ports.Plan`. Without either, the scene's turns are taken in order.
         journal: where journal lines go instead of `journal.jsonl`.
@@ -209,7 +230,7 @@ class RolloutConfig:
     terminal: Callable[[AskUserRequest], str] | None = None
     hooks: tuple[Hook, ...] = ()
     plan: Plan | None = None
-    director: Callable[..., Any] | None = None
+    director: Callable[..., Any] | DirectorRole | str | None = None
     max_turns: int = 200
     max_checks: int = 50
     journal: Sink | None = None
@@ -231,6 +252,7 @@ class RolloutConfig:
             raise ConfigError("gateway_port is for a gateway that is started here; the one that is brought has its own")
         if "://" in self.gateway_reach and self.gateway is None and not self.gateway_port:
             raise ConfigError(f"what answers at {self.gateway_reach} must know where the gateway is: give gateway_port")
+        self._check_director()
         for state, seconds in self.deadlines.items():
             if state not in DEADLINES:
                 raise ConfigError(f"deadlines: no state is called {state!r}; known are {', '.join(DEADLINES)}")
@@ -243,9 +265,33 @@ class RolloutConfig:
         ):
             raise ConfigError("nothing to ask: give a task, or a prompt")
 
+    def _check_director(self) -> None:
+        if self.scene is None:
+            return
+        if not self.scene.turns and self.director is None and self.plan is None:
+            raise ConfigError("a scene needs at least one turn, or a director that leads it")
+        names = [role.name for role in self.scene.roles]
+        if isinstance(self.director, str):
+            if self.director not in names or len(names) == 1:
+                raise ConfigError(
+                    f"the director {self.director!r} must be one of the scene's roles, beside one that works; "
+                    f"it has {', '.join(names)}"
+                )
+            if any(turn.role == self.director for turn in self.scene.turns):
+                raise ConfigError(f"the director {self.director!r} takes no turns: it decides them")
+        if isinstance(self.director, DirectorRole) and self.director.role.name in names:
+            raise ConfigError(f"two roles of the scene are called {self.director.role.name!r}, one is the director")
+
     def the_scene(self) -> Scene:
-        """The scene that is played: the one given, or the agent's single turn."""
+        """The scene that is played, without a director: the one given, or the agent's single turn."""
         if self.scene is not None:
-            return self.scene
+            workers = tuple(role for role in self.scene.roles if role.name != self.director)
+            return attrs.evolve(self.scene, roles=workers)
         assert self.agent is not None
         return Scene.single(self.agent, model=self.model)
+
+    def the_director(self) -> DirectorRole | None:
+        """The director, where it is an agent."""
+        if isinstance(self.director, str) and self.scene is not None:
+            return DirectorRole(next(role for role in self.scene.roles if role.name == self.director))
+        return self.director if isinstance(self.director, DirectorRole) else None

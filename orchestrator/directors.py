@@ -11,7 +11,8 @@ verification (feedback, never the reward), or None for the end:
     RolloutConfig(task=..., scene=..., director=once_more)
 
 It is asked once per decision: the decision is journaled with the event that it leads to. Bounds (turns, checks, time)
-hold whatever it says. Shipped here: `scripted_user`, `until_verified`, `until_approved`.
+hold whatever it says. Shipped here: `scripted_user`, `until_verified`, `until_approved`; and `model_user`, whose
+director is an agent (`orchestrator.directing`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any, Final
 import attrs
 
 from orchestrator.capture import RecordedSegment
-from orchestrator.config import Turn
+from orchestrator.config import DirectorRole, Role, Turn
+from orchestrator.registry import AgentConfig
 from states.errors import ConfigError
 from states.events import Captured, Checked, Next, Prompted
 from states.journal import Folded, Header, Record, Transition, fold_record
@@ -183,3 +185,42 @@ def until_approved(worker: str, reviewer: str, *, approval: str = "APPROVED", li
         return Turn(worker, f"The reviewer said:\n\n{last.said}\n\nMend it.")
 
     return review
+
+
+# --- a user played by a model --------------------------------------------------------------------------------
+
+_USER = """\
+You play the user in a conversation with an agent that works for you. Stay in that role: write as this user would, \
+briefly, never as the agent, and never about playing a role. You are done when you have got what you want, or see that \
+you will not get it."""
+
+
+def model_user(
+    model: str,
+    *,
+    persona: str,
+    facts: Mapping[str, str] | None = None,
+    limit: int | None = 8,
+    name: str = "user",
+    agent: str | AgentConfig = "model-user",
+    **role: Any,
+) -> DirectorRole:
+    """A user played by a model, which is called through the gateway as the role `name`.
+
+        RolloutConfig(task=..., agent="codex-acp", model="openai/gpt-5", director=model_user(
+            "openai/gpt-5-mini", persona="You are impatient.", facts={"order_id": "BF-1042"}))
+
+    Args:
+        model: `provider/name`, as for every role.
+        persona: Who the user is, and what it wants.
+        facts: What it alone knows, and tells when it is asked for it.
+        limit: So many turns are taken at most, the scene's own among them (those are always taken).
+        name: Its name in the scene, in `llm.jsonl` and in the usage by role.
+        agent: Who plays it: any session-factory agent that needs no sandbox.
+        role: Further keywords of `Role`.
+    """
+    known = [f"- {key.replace('_', ' ')}: {value}" for key, value in (facts or {}).items()]
+    parts = [_USER, f"Who you are:\n{persona.strip()}"] if persona.strip() else [_USER]
+    if known:
+        parts.append("What you alone know. Tell a fact when you are asked for it, and not before:\n" + "\n".join(known))
+    return DirectorRole(Role(name, agent, model, **role), "\n\n".join(parts), limit)

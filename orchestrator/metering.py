@@ -203,6 +203,10 @@ class ModelAccess:
         """The rollout's meter; one that knows nothing when nothing is metered, or not yet."""
         return self._meters[0] if self._meters else NoMeter()
 
+    def used_by(self, role: str) -> Usage:
+        """What was counted with the key of this role; nothing where nothing is metered."""
+        return sum((meter.usage(role) for meter in self._meters), Usage())
+
     def key_for(self, member: Cast) -> str | None:
         """The key with which this role calls its model; None when it has none."""
         if not self._meters or member.upstream is None:

@@ -172,7 +172,9 @@ class ReaperWorld:
         folder, folded, header = taken.folder, taken.folded, taken.folded.header
         clock = RolloutConfig(agent="", prompt="", registry=Registry()).clock
         journal = JournalWriter(taken.sink, clock, header, taken.records)
-        ways = {kind: _way(kind, header) for kind in ("sandbox", "agent", "gateway-key", "process", "tests")}
+        ways = {
+            kind: _way(kind, header) for kind in ("sandbox", "agent", "director", "gateway-key", "process", "tests")
+        }
         return cls(
             header.rollout,
             folder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import shutil
@@ -25,7 +26,8 @@ import attrs
 from orchestrator import metering
 from orchestrator._tasks import first_of
 from orchestrator.capture import RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
-from orchestrator.config import Budgets, RolloutConfig
+from orchestrator.config import Budgets, DirectorRole, RolloutConfig, Scene
+from orchestrator.directing import AgentDirector, HeardSegment, Outside, check_agent_of
 from orchestrator.directors import DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import JournaledLeases
@@ -40,13 +42,27 @@ from orchestrator.transports import make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent
-from states.journal import Folded, Header, Stopped
+from states.journal import Folded, Header, LeaseRecord, Stopped
 from states.machine import Facts, Position, Rules
-from states.ports import Connection, Lease, Meter, OpenTurn, Plan, Sandbox, SandboxHandle, Seat, Stage, Verifier
+from states.ports import (
+    Connection,
+    Lease,
+    Meter,
+    OpenTurn,
+    Plan,
+    Sandbox,
+    SandboxHandle,
+    Seat,
+    Stage,
+    Transport,
+    Verifier,
+)
 
 T = TypeVar("T")
 
 TURN_SEC = 900.0
+DIRECTOR = "director.jsonl"
+"""What an agent that directs was told and said, in the form of the trajectory: a segment a question."""
 TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))
 """What a rollout may take beyond its own limit: its sandbox must live as long."""
 VERIFIER_MARGIN_SEC = 60.0
@@ -102,6 +118,7 @@ class LiveWorld:
     _redactor: Redactor
     _trajectory: Sink
     _llm: Sink
+    _told: Sink
     _hold: Hold
     _bell: Bell
     _places: dict[str, Place] = attrs.field(factory=dict, init=False)
@@ -111,12 +128,14 @@ class LiveWorld:
     _began: list[float] = attrs.field(factory=list, init=False)
     _stops: list[str] = attrs.field(factory=list, init=False)
     _scratch: list[Path] = attrs.field(factory=list, init=False)
+    _directors: list[AgentDirector] = attrs.field(factory=list, init=False)
     leases: JournaledLeases = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         ways = {
             "sandbox": self._stop_sandbox,
             "agent": self._end_agent,
+            "director": self._end_director,
             "gateway-key": self._close_models,
             "process": self._close_models,
             "tests": self._remove_tests,
@@ -251,24 +270,26 @@ class LiveWorld:
         member = self.cast[role]
         handle = self.sandbox.handle(f"{role}-{number}")
         self._handles[handle.name] = handle
+        return Seat(member, self._transport(member, handle.name), handle, self.meter.usage())
+
+    def _transport(self, member: Cast, handle: str) -> Transport:
         gateway, inside, key = self.models.gateway, self.models.url_from(self.sandbox), self.models.key_for(member)
         if key:
             self._redactor.add(key)
         direct = member.upstream if self.config.usage_tracking == "off" else None
         if direct is not None:  # an endpoint that was brought along is called as it is
             inside, key = direct.root, direct.api_key or "none"
-        transport = make_transport(
+        return make_transport(
             member,
-            self._places[role],
+            self._places[member.name],
             questions=self.questions,
             cwd=self.sandbox.cwd,
             base_url=inside if member.agent.calls_from == "sandbox" or gateway is None else gateway.url,
             sandbox_base_url=inside,
             api_key=key,
             task=self.task,
-            keep_stderr=functools.partial(self._keep_stderr, handle.name),
+            keep_stderr=functools.partial(self._keep_stderr, handle),
         )
-        return Seat(member, transport, handle, self.meter.usage())
 
     def _keep_stderr(self, handle: str, text: str) -> None:
         if self.folder is not None and text:
@@ -283,6 +304,37 @@ class LiveWorld:
         seat = connection.seat
         segment.opened(text, role=seat.role.name, protocol=seat.transport.name, time=self.config.clock())
         return segment
+
+    def led_by(self, led: DirectorRole, scene: Scene, tell: Callable[[], Story]) -> None:
+        """Let an agent decide what comes next."""
+
+        def seat() -> Seat:  # numbered by the journal, so that a rollout that goes on elsewhere counts on
+            known = {record.lease.name for record in self.journal.records if isinstance(record, LeaseRecord)}
+            name = next(name for number in itertools.count(1) if (name := f"{led.role.name}-{number}") not in known)
+            member = self.cast[led.role.name]
+            return Seat(member, self._transport(member, name), Outside(name), self.meter.usage())
+
+        numbers = itertools.count(1 + len(read_trajectory(self.folder / DIRECTOR) if self.folder else ()))
+
+        def segment(connection: Connection, turn: int, text: str) -> HeardSegment:
+            told = HeardSegment(next(numbers), self._told, self.config.monotonic, unsure=self._redactor.unsure)
+            protocol = connection.seat.transport.name
+            told.opened(text, role=led.role.name, protocol=protocol, time=self.config.clock(), turn=turn)
+            return told
+
+        roles = tuple(role.name for role in scene.roles)
+        used = functools.partial(self.models.used_by, led.role.name)
+        director = AgentDirector(led, roles, scene.turns, self.leases, seat, segment, used, self.time_left, self.note)
+        self._directors.append(director)
+        self.plan = DirectedPlan(director, tell, roles, self.config.max_turns, self.config.max_checks)
+
+    async def dismiss(self) -> None:
+        """Close the sessions of a director, where an agent is one."""
+        for lease in self.leases.open("director"):
+            await self.leases.give_back(lease)
+
+    async def _end_director(self, lease: Lease) -> tuple[str, ...]:
+        return tuple([said for director in self._directors for said in await director.end(lease.name)])
 
     def recovered_segment(self, number: int) -> TurnSegment:
         """The same segment, read back from disk by a new process."""
@@ -354,6 +406,8 @@ class LiveWorld:
         if isinstance(connection, Connection):
             with contextlib.suppress(Exception):
                 await connection.seat.transport.quiescing(connection)
+        for director in self._directors:
+            await director.abandon()
         for handle in self._handles.values():
             with contextlib.suppress(Exception):
                 await handle.end()
@@ -362,11 +416,12 @@ class LiveWorld:
 
     async def detach(self) -> None:
         """Nobody drives it here any more: close what cannot outlive this process, keep the leases. Idempotent."""
+        await self.dismiss()
         await self.models.close()
         self._close_files()
 
     def _close_files(self) -> None:
-        for file in (self.journal, self._trajectory, self._llm):
+        for file in (self.journal, self._trajectory, self._llm, self._told):
             file.close()
 
     def keeps(self, lease: Lease, facts: Facts) -> bool:
@@ -451,10 +506,14 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     """
     check_sandbox(config.sandbox, config.sandbox_options)
     task = _task(config)
-    cast = {role.name: _cast(config, role, task) for role in config.the_scene().roles}
+    scene, led = config.the_scene(), config.the_director()
+    workers = {role.name: _cast(config, role, task) for role in scene.roles}
+    cast = workers if led is None else {**workers, led.role.name: _cast(config, led.role, task)}
     tracking = metering.decide(config, tuple(cast.values()))
+    if led is not None:
+        _check_director(config, led, cast[led.role.name], tracking)
     rules = Rules(
-        metered=tracking.tracked and all(member.agent.calls_model for member in cast.values()),
+        metered=tracking.tracked and all(member.agent.calls_model for member in workers.values()),
         usage_required=config.usage_tracking == "required",
         has_verifier=config.verifier is not None and (task is not None or config.verifier != "task"),
         max_connects=config.max_connects,
@@ -475,6 +534,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     journal = RedactingSink(lines, redactor)
     header = Header(rollout, rules, config.clock(), info=_about(config, task, cast, tracking))
     llm, bell, hold = sink("llm.jsonl"), Bell(), Hold(config.monotonic)
+    told = sink(DIRECTOR) if led is not None else MemorySink()
 
     def model_called(line: dict[str, Any]) -> None:
         llm.write(encode_any(line))
@@ -484,10 +544,10 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
     instruction = config.prompt if config.prompt is not None else task.instruction if task is not None else ""
     writer = JournalWriter(journal, config.clock, header)
-    plan = _plan(config, cast, Teller(instruction, writer, steps))
+    tell = Teller(instruction, writer, steps)
     questions = Questions(config.policy, terminal=config.terminal)
     questions.bind(config.on_ask_user)
-    return LiveWorld(
+    world = LiveWorld(
         rollout,
         config,
         rules,
@@ -498,13 +558,30 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         ModelAccess(rollout, tracking, config, model_called),
         folder,
         task,
-        plan,
+        _plan(config, tuple(workers), tell),
         redactor,
         trajectory,
         llm,
+        told,
         hold,
         bell,
     )
+    if led is not None:
+        world.led_by(led, scene, tell)
+    return world
+
+
+def _check_director(config: RolloutConfig, led: DirectorRole, member: Cast, tracking: Metering) -> None:
+    """Raise `ConfigError` for a director that cannot work."""
+    check_agent_of(led, member.agent)
+    given = any(name.endswith(("_BASE_URL", "_API_KEY")) for name in member.env)
+    brought = given or (config.usage_tracking == "off" and member.upstream is not None)
+    if member.agent.metered and not tracking.tracked and not brought:
+        raise ConfigError(
+            f"the director {member.name!r} ({member.agent.name}) calls a model through the gateway, but "
+            f"{tracking.reason}; to go without, say usage_tracking=off and bring an upstream, "
+            "or give OPENAI_BASE_URL and OPENAI_API_KEY in its role's env"
+        )
 
 
 @attrs.frozen
@@ -527,9 +604,9 @@ class Teller:
         )
 
 
-def _plan(config: RolloutConfig, cast: Mapping[str, Cast], teller: Teller) -> Plan:
-    if config.director is not None:
-        return DirectedPlan(config.director, teller, tuple(cast), config.max_turns, config.max_checks)
+def _plan(config: RolloutConfig, roles: tuple[str, ...], teller: Teller) -> Plan:
+    if callable(config.director):
+        return DirectedPlan(config.director, teller, roles, config.max_turns, config.max_checks)
     return config.plan or FixedPlan(config.the_scene().turns, teller.instruction)
 
 
@@ -611,6 +688,7 @@ def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking:
             for member in cast.values()
         },
         "turns": [attrs.asdict(turn) for turn in config.the_scene().turns],
+        "director": led.role.name if (led := config.the_director()) is not None else None,
         "sandbox": config.sandbox if isinstance(config.sandbox, str) else type(config.sandbox).__qualname__,
         "network": config.network,
         "image": config.image,

@@ -32,6 +32,8 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
             world.pause("plan")
             return Paused("plan")
         case _:  # done
+            for lease in world.leases.open("director"):  # what is verified is a scene that nobody directs any more
+                await world.leases.give_back(lease)
             _may_be_graded(rollout, world)
             return PlanDone(decision.why)
 

@@ -77,7 +77,7 @@ class AskUserRequest:
 class Lease:
     """Something that we hold and must give back. `name` is chosen by us and journaled before it is taken."""
 
-    kind: Literal["sandbox", "agent", "gateway-key", "process", "tests"]
+    kind: Literal["sandbox", "agent", "director", "gateway-key", "process", "tests"]
     name: str
     handle: Mapping[str, Any] = attrs.field(factory=dict)
 

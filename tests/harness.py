@@ -103,7 +103,7 @@ def build(
         "prompt": "Do it.",
         "scene": Scene(
             tuple(Role(role, agent_config(transport), env={"AGENT": f"{id(sandbox)}-{role}"}) for role in roles),
-            turns or tuple(Turn(role) for role in roles),
+            tuple(Turn(role) for role in roles) if turns is None else turns,
         ),
         "sandbox": sandbox,
         "verifier": verifier,

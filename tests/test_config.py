@@ -51,8 +51,11 @@ def test_a_word_that_a_setting_does_not_know_is_refused_with_those_that_it_knows
 @pytest.mark.parametrize(
     ("scene", "sentence"),
     [
-        (lambda: Scene((), ()), "at least one role and one turn"),
-        (lambda: Scene((Role("a", "noop"),), ()), "at least one role and one turn"),
+        (lambda: Scene((), ()), "a scene needs at least one role"),
+        (
+            lambda: RolloutConfig(prompt="x", scene=Scene((Role("a", "noop"),))),
+            "at least one turn, or a director that leads it",
+        ),
         (lambda: Scene((Role("a", "noop"), Role("a", "noop")), (Turn("a"),)), "two roles of the scene are called 'a'"),
         (lambda: Scene((Role("a", "noop"),), (Turn("b"),)), "a turn names the role 'b'; the scene has a"),
     ],

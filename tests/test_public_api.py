@@ -18,6 +18,8 @@ NAMES = [
     "Budgets",
     "ConfigError",
     "ConnectError",
+    "DirectorError",
+    "DirectorRole",
     "ExecResult",
     "ExecTimeout",
     "HandleRevoked",
@@ -81,4 +83,4 @@ def test_every_error_has_one_root():
     errors = [getattr(orchestrator, name) for name in NAMES if inspect.isclass(getattr(orchestrator, name))]
     raised = [error for error in errors if issubclass(error, Exception)]
     assert all(issubclass(error, orchestrator.OrchestratorError) for error in raised)
-    assert len(raised) == 16
+    assert len(raised) == 17

@@ -55,6 +55,8 @@ def make_transport(
     from orchestrator.transports.session_factory import SessionFactoryTransport
 
     inside = {"ROLLOUT_SANDBOX_BASE_URL": sandbox_base_url} if sandbox_base_url else {}
+    if member.upstream is not None:
+        inside["ROLLOUT_API"] = next((api for api in member.agent.api if api in member.upstream.apis), "openai-chat")
     env = {**launch.env, **inside}
     at_home = member.agent.calls_from == "host"  # then nothing in the sandbox needs the key
     return SessionFactoryTransport(
