@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -410,10 +410,13 @@ def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
                 elif times == 2:
                     click.echo(f"rollout: {name}: cancelling; everything is given back first", err=True)
                     rollout.cancel(name)
+                else:
+                    where = f"in {rollout.state}{_at_most(rollout.state)}"
+                    click.echo(f"rollout: {name}: it is being cancelled, {where}; kill -9 leaves it to reap", err=True)
 
     async def view() -> None:
-        assert rollout.config.out is not None
-        folder = rollout.config.out / rollout.id
+        folder = rollout.folder
+        assert folder is not None
         if sys.stderr.isatty() and rollout.config.policy != "ask":  # questions need the terminal for themselves
             from orchestrator.watch import follow
 
@@ -426,12 +429,26 @@ def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
             tasks.start_soon(listen)
             if not quiet:
                 tasks.start_soon(view)
-            result = await rollout.run()
+            async with _controlled(rollout):
+                result = await rollout.run()
             await rollout.detach()
             tasks.cancel_scope.cancel()
         return result
 
     return anyio.run(drive)
+
+
+@contextlib.asynccontextmanager
+async def _controlled(rollout: Rollout) -> AsyncIterator[None]:
+    """Hear a second terminal. Where no socket can be made, that is said, and the rollout runs all the same."""
+    from orchestrator.control import serve
+
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(serve(rollout))
+        except ConfigError as error:
+            click.echo(f"rollout: it cannot be cancelled from elsewhere: {error}", err=True)
+        yield
 
 
 async def _log(folder: Path) -> None:
@@ -467,6 +484,7 @@ def _say_result(result: RolloutResult, page: Path | None) -> None:
         click.echo(f"diagram   {page}")
     click.echo(f"more      rollout show {result.folder}")
     if result.ending is None:
+        click.echo(f"go on     rollout resume {result.folder}")
         click.echo(f"close it  rollout reap {result.folder}")
 
 
@@ -760,6 +778,73 @@ def _written(files: Sequence[Path], then: str, *, as_json: bool) -> int:
             click.echo(f"wrote {file}")
         click.echo(f"next: {then}")
     return 0
+
+
+# --- a second terminal -----------------------------------------------------------------------------------------
+
+
+FOLDER = click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+
+
+@cli.command(short_help="Cancel the turn in flight of a rollout that runs.")
+@FOLDER
+@json_option
+def interrupt(folder: Path, *, as_json: bool) -> int:
+    """Cancel the turn that is in flight in the rollout of FOLDER; it is captured, and the rollout goes on."""
+    return _asked(folder, "interrupt", as_json=as_json)
+
+
+@cli.command(short_help="Cancel a rollout that runs, and wait until it is closed.")
+@FOLDER
+@json_option
+def cancel(folder: Path, *, as_json: bool) -> int:
+    """Cancel the rollout of FOLDER, wherever it stands: captured, given back, closed. This waits until it is.
+
+    ^C ends the waiting, not the cancelling. A second cancel changes nothing, and waits too.
+    """
+    return _asked(folder, "cancel", as_json=as_json)
+
+
+@cli.command(short_help="Hold a rollout that runs before its next turn.")
+@FOLDER
+@json_option
+def pause(folder: Path, *, as_json: bool) -> int:
+    """Hold the rollout of FOLDER before its next turn; its own clock stands still until `rollout resume`."""
+    return _asked(folder, "pause", as_json=as_json)
+
+
+@cli.command(short_help="Let a paused rollout go on.")
+@FOLDER
+@json_option
+def resume(folder: Path, *, as_json: bool) -> int:
+    """Let the rollout of FOLDER go on, which `rollout pause` holds."""
+    return _asked(folder, "resume", as_json=as_json)
+
+
+def _asked(folder: Path, what: Any, *, as_json: bool) -> int:
+    """Ask whoever drives it; what it said. A cancel is waited for."""
+    from orchestrator.control import ask
+
+    with ask(folder, what) as (answer, states):
+        state = answer.state
+        if not as_json:
+            click.echo(f"{folder.name}  {answer.said}")
+        try:
+            for state in states if what == "cancel" else ():
+                click.echo(f"{folder.name}  {state}{_at_most(state)}", err=True)
+        except KeyboardInterrupt:
+            click.echo(f"rollout: no longer waiting; it is being cancelled all the same, in {state}", err=True)
+            return 0
+    if as_json:
+        _print_json({"rollout": folder.name, "state": state, "changed": answer.changed, "said": answer.said})
+    return 0
+
+
+def _at_most(state: str) -> str:
+    """How long a state of a teardown may take: so long it is waited for, and not longer."""
+    from states.deadlines import DEADLINES
+
+    return f" (at most {DEADLINES[state]:g} s)" if state in DEADLINES else ""
 
 
 # --- what was left -------------------------------------------------------------------------------------------------

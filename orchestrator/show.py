@@ -18,7 +18,7 @@ from orchestrator.journal import read_journal
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.visits import Visit, duration, visits_of
 from states.errors import ConfigError, JournalError
-from states.events import Captured, Usage
+from states.events import Captured, Event, Usage
 from states.journal import Transition, fold
 from states.machine import CLOSED
 
@@ -207,10 +207,16 @@ def _path(story: Story, style: Style) -> list[str]:
     for visit in story.visits:
         over = visit.state in CLOSED
         spent = "" if over else duration(visit.seconds)
-        then = f"{visit.event.name}{_cause(visit)}" if visit.event else ("" if over else "is here")
-        outside = "".join(f"{event.name} (stayed), " for event in visit.stayed)
+        then = f"{_named(visit.event)}{_cause(visit)}" if visit.event else ("" if over else "is here")
+        outside = "".join(f"{_named(event)} (stayed), " for event in visit.stayed)
         lines.append(f"  {visit.entered - began:>9.3f} s  {visit.state:<18} {spent:>10}  {outside}{then}".rstrip())
     return lines
+
+
+def _named(event: Event) -> str:
+    """The event, and who it came from where somebody did it."""
+    by = getattr(event, "by", "")
+    return f"{event.name} by {one_line(by, 40)}" if by else event.name
 
 
 def _cause(visit: Visit) -> str:

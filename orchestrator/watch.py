@@ -62,6 +62,7 @@ class Follower:
     tokens: int = 0
     calls: int = 0
     last_step: str = ""
+    paused_by: str = ""
     _tails: dict[str, Tail] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -96,6 +97,7 @@ class Follower:
 
     def _moved(self, record: dict[str, Any]) -> None:
         self.turn += record["event"] == "Prompted"
+        self.paused_by = record["data"]["by"] if record["event"] == "Paused" else ""
         if record["source"] != record["dest"] or record["cause"] not in {"outside", "recovery"}:
             self.where = (record["dest"], record["time"])
 
@@ -115,7 +117,8 @@ class Follower:
         age = "" if self.closed or not since else f" for {duration(max(0.0, now - since))}"
         tokens = f", {self.tokens:,} tokens in {self.calls} calls" if self.calls else ""
         done = f"turn {self.turn}, {self.steps} steps, {self.tool_calls} tool calls{tokens}" if self.turn else ""
-        return f"{self.state}{age}" + (f"  |  {done}" if done else "")
+        by = f" by {self.paused_by}" if self.paused_by else ""
+        return f"{self.state}{by}{age}" + (f"  |  {done}" if done else "")
 
 
 async def follow(folder: Path, tell: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.time) -> None:

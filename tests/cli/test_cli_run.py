@@ -188,7 +188,7 @@ def test_a_bug_of_ours_is_a_sentence_too(run, monkeypatch):
 # --- ^C and the terminal ----------------------------------------------------------------------------------------
 
 
-def start(folder: Path, manifest: str, **pipes) -> subprocess.Popen:
+def start(folder: Path, manifest: str, *arguments: str, **pipes) -> subprocess.Popen:
     """`rollout run` as a process of its own."""
     return subprocess.Popen(
         [
@@ -203,6 +203,7 @@ def start(folder: Path, manifest: str, **pipes) -> subprocess.Popen:
             "--sandbox",
             "fake",
             "--json",
+            *arguments,
         ],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
