@@ -273,10 +273,7 @@ def _config(
     spent = {name: limit for name, limit in budgets.items() if limit is not None}
     config["budgets"] = attrs.evolve(file.get("budgets", Budgets()), **spent)
     config |= _cast(config, agent, model, roles)
-    served = {role.model for role in config["scene"].roles if role.model} if "scene" in config else {model}
-    if upstream_url and len(served) > 1:
-        raise ConfigError("--upstream-url serves one model, and the roles name several; give --role NAME=AGENT:MODEL")
-    config["upstream"] = _upstream(next(iter(served), model), upstream_url, upstream_apis, upstream_key_env)
+    config["upstream"] = _upstream(model, upstream_url, upstream_apis, upstream_key_env)
     if config.get("policy") == "ask" and sys.stdin.isatty():
         from orchestrator.questions import ask_on_terminal
 
@@ -320,17 +317,19 @@ def _cast(config: Mapping[str, Any], agent: str | None, model: str, roles: Seque
     players = _players(roles)
     if players and agent:
         raise ConfigError("give --agent for every role, or --role for each of them, not both")
-    scene, director, task = config.get("scene"), None, config["task"]
+    scene, director, task = config.get("scene"), config.get("director"), config["task"]
     if scene is None and task is not None and config.get("prompt") is None and agent not in SOLO:
         from orchestrator.tasks import load_task
 
-        loaded = load_task(task)
-        scene = scenes.scene_of(loaded, players or agent)
-        director = scenes.director_of(loaded, scene) if scene is not None else None
+        task = load_task(task)
+        if task.extra.get("scenes") or (scenes.user_of(task) is not None and (players or agent)):
+            brought = scenes.rollout_of(task, players or agent)
+            task, scene, director = brought["task"], brought["scene"], brought["director"]
     if scene is None and players:
         scene = scenes.roles_in_turn(players)
     if scene is not None:
-        return {"scene": scenes.with_model(scene, model), "director": director}
+        scene, director = scenes.with_model(scene, model), scenes.led_with_model(director, model)
+        return {"task": task, "scene": scene, "director": director}
     if agent is None:
         raise ConfigError(
             "who shall do it? Give --agent NAME (see `rollout agents`), --scene FILE or --role NAME=AGENT"
@@ -380,7 +379,7 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _upstream(model: str, url: str | None, apis: Sequence[str], key_env: str | None) -> Any:
-    """A server of the user's own; None: the model's provider, by its name."""
+    """A server of the user's own, which serves every model that a role names; None: the provider, by its name."""
     if url is None:
         if apis or key_env:
             raise ConfigError("--upstream-api and --upstream-key-env belong to --upstream-url, which is not given")
@@ -391,7 +390,9 @@ def _upstream(model: str, url: str | None, apis: Sequence[str], key_env: str | N
 
     # The choices of the option are the wire formats, and are checked once more there.
     spoken: Any = apis or ("openai-chat",)
-    return Upstream(model or "default", url, spoken, api_key=os.environ[key_env] if key_env else "")
+    key = os.environ[key_env] if key_env else ""
+    Upstream(model or "default", url, spoken, key)  # a mistake in them is said once, before there is any role
+    return lambda named: Upstream(named or model or "default", url, spoken, key)
 
 
 def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
@@ -689,14 +690,15 @@ def _findings(path: Path) -> tuple[list[str], list[str]]:
         except ConfigError as error:
             return [str(error)], []
         return [], []
-    from orchestrator.scenes import scene_of
+    from orchestrator.scenes import director_of, scene_of
     from orchestrator.tasks import load_tasks
     from orchestrator.tasks import validate as validate_task
 
     folder = path.parent if path.name in {"task.toml", "task.md"} else path
     try:
         for task in load_tasks(folder):
-            scene_of(task)
+            if (scene := scene_of(task)) is not None:
+                director_of(task, scene)
     except ConfigError as error:
         errors = str(error).splitlines()
         return errors, [finding for finding in validate_task(folder) if finding not in errors]
@@ -720,7 +722,8 @@ def _scene_findings(path: Path) -> list[str]:
 
     sys.path.insert(0, str(path.resolve().parent))
     config = load_rollout(path, variables=os.environ)
-    for role in config["scene"].roles:
+    led = config.get("director")
+    for role in (*config["scene"].roles, *([led.role] if led else [])):
         default_registry().resolve(role.agent)
     if "task" in config:
         load_task(config["task"])

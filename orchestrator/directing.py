@@ -12,7 +12,7 @@ What it is told is text: its brief, the task and the scene's roles when its sess
 was asked last what was said in it, how it ended where that was not by its answer, and what a check found. At the end
 stands what may be answered. Its last message is the answer:
 
-    any other text       the prompt of the next turn, where one role works
+    any other text       the prompt of the next turn of the role that works, or of several the one that spoke last
     TO reviewer:         a first line: the role of the next turn; the rest is its prompt (nothing: the task)
     CHECK                alone: a soft verification, where it may ask for one
     DONE                 a last line, `DONE: why` as well: the end; what stands above it is sent to nobody
@@ -61,8 +61,8 @@ class Unclear(Exception):
     """An answer that cannot be followed; says why, to whoever gave it."""
 
 
-def read_answer(answer: str, roles: Sequence[str], *, checks: bool = False) -> Decision:
-    r"""A director's answer as its decision. Raises `Unclear`.
+def read_answer(answer: str, roles: Sequence[str], last: str | None = None, *, checks: bool = False) -> Decision:
+    r"""A director's answer as its decision; `last` is the role that spoke last. Raises `Unclear`.
 
     >>> read_answer("Please review it.", ["reviewer"])
     Turn(role='reviewer', prompt='Please review it.')
@@ -82,9 +82,10 @@ def read_answer(answer: str, roles: Sequence[str], *, checks: bool = False) -> D
         return CHECK
     addressed = _TO.fullmatch(lines[0].strip())
     if addressed is None:
-        if len(roles) > 1:
+        whom = roles[0] if len(roles) == 1 else last
+        if whom is None:
             raise Unclear(f'it is not clear whom you mean: begin with a line "TO {roles[0]}:"')
-        return Turn(roles[0], answer.strip())
+        return Turn(whom, answer.strip())
     if addressed["role"] not in roles:
         raise Unclear(f"nobody is called {addressed['role']}; there is {', '.join(roles)}")
     return Turn(addressed["role"], "\n".join([addressed["rest"], *lines[1:]]).strip() or None)
@@ -127,14 +128,20 @@ def what_was_found(feedback: Mapping[str, float] | None) -> str:
     return f"The work was checked: {found or 'nothing that can be read'}."
 
 
-def question(roles: Sequence[str], next_role: str | None, *, checks: bool) -> str:
-    """What may be answered now. `next_role` has the next turn where that is written already."""
-    if next_role is not None:
-        return f"{next_role} has the next turn. What do you add to it? Say DONE, alone, to add nothing."
-    if len(roles) == 1:
-        ask = f"What do you say to {roles[0]}? Your whole answer is passed on."
-    else:
+def addition(role: str) -> str:
+    """What may be answered while a turn that is written already comes next."""
+    return f"{role} has the next turn. What do you add to it? Say DONE, alone, to add nothing."
+
+
+def question(roles: Sequence[str], last: str | None = None, *, checks: bool = False) -> str:
+    """What may be answered when the director leads; `last` is the role that spoke last."""
+    whom = roles[0] if len(roles) == 1 else last
+    if whom is None:
         ask = f'Who is next? Begin with a line "TO {roles[0]}:" ({", ".join(roles)}); the rest is passed on.'
+    else:
+        ask = f"What do you say to {whom}? Your whole answer is passed on."
+    if whom is not None and (others := [role for role in roles if role != whom]):
+        ask += f' To speak to another, begin with a line "TO {others[0]}:" ({", ".join(others)}).'
     check = " Say CHECK, alone, to have the work checked first." if checks else ""
     return f"{ask}{check} Say DONE on the last line when nothing more is to be said."
 
@@ -265,7 +272,8 @@ class AgentDirector:
     async def _asked(self, story: Story, coming: Turn | None) -> Decision:
         """Ask, and once more with what was wrong with the answer."""
         checks = story.checks < self.led.checks
-        asking = question(self.roles, coming.role if coming else None, checks=checks)
+        last = story.turns[-1].role if story.turns else None
+        asking = addition(coming.role) if coming else question(self.roles, last, checks=checks)
         told = await self._news(story)
         try:
             return self._read(await self._ask(f"{told}\n\n{asking}", len(story.turns) + 1), story, coming, checks)
@@ -281,7 +289,8 @@ class AgentDirector:
             added = read_addition(answer)
             prompt = story.instruction if coming.prompt is None else coming.prompt
             return Turn(coming.role, f"{prompt}\n\n{added}") if added else coming
-        decision = read_answer(answer, self.roles, checks=checks)
+        last = story.turns[-1].role if story.turns else None
+        decision = read_answer(answer, self.roles, last, checks=checks)
         if isinstance(decision, Turn):
             self._own = decision.prompt or ""
         elif decision.kind == "done":

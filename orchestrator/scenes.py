@@ -24,6 +24,14 @@ A `rollout.toml` holds roles, the order of their turns, and the settings of the 
     role = "reviewer"
     prompt_file = "review.md"           # or: prompt = "Review it."
 
+A director that is an agent (`orchestrator.directing`) is one of the roles; `[[turns]]` may then be left out:
+
+    [director]                          # or just: director = "user", above the tables
+    role = "user"                       # its agent is model-user where it names none
+    persona = "You are impatient."      # of a simulated user; any other director has a brief = "..."
+    facts = { order_id = "BF-1042" }    # what it alone knows
+    limit = 6
+
 Both readers end up in `Scene`; whatever is wrong is one `ConfigError` with file, line and key.
 """
 
@@ -39,7 +47,7 @@ import attrs
 import msgspec
 from msgspec import Meta, Struct, field
 
-from orchestrator.config import Budgets, Policy, Role, Scene, Turn, UsageTracking
+from orchestrator.config import Budgets, DirectorRole, Policy, Role, Scene, Turn, UsageTracking
 from orchestrator.sandboxes import Network
 from orchestrator.tasks import documents, files
 from orchestrator.tasks.schema import Count, Seconds, Section, Text
@@ -86,11 +94,23 @@ class BudgetTable(Section):
     tool_calls: Count | None = None
 
 
+class DirectorTable(Section):
+    """`[director]`: which role directs, and the fields of `DirectorRole` and of `model_user`."""
+
+    role: Text
+    brief: str = ""
+    persona: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    limit: Count | None = None
+    checks: Annotated[int, Meta(ge=0)] = 0
+
+
 class RolloutToml(Section):
     """A whole `rollout.toml`; the settings are those of `RolloutConfig`, and what is left out keeps its default."""
 
     roles: list[RoleTable] = field(default_factory=list)
     turns: list[TurnTable] = field(default_factory=list)
+    director: Text | DirectorTable | None = None
     task: Text | None = None
     prompt: Text | None = None
     env: dict[str, str] = field(default_factory=dict)
@@ -137,7 +157,7 @@ def load_rollout(
         raise ConfigError(str(error)) from error
     place = _Place(path, documents.toml_lines(text))
     given = variables or {}
-    config: dict[str, Any] = {"scene": _scene(document, place, agents, given)}
+    config: dict[str, Any] = _cast(document, place, agents, given)
     config |= {key: value for key in SETTINGS if (value := getattr(document, key)) is not None}
     if document.task is not None:
         config["task"] = path.parent / document.task
@@ -161,22 +181,67 @@ class _Place:
         raise ConfigError(f"{self.path}{documents.line_of(key, self.lines)}: {shown}: {problem}")
 
 
-def _scene(document: RolloutToml, place: _Place, agents: Agents | None, given: Mapping[str, str]) -> Scene:
+def _cast(document: RolloutToml, place: _Place, agents: Agents | None, given: Mapping[str, str]) -> dict[str, Any]:
+    """The scene, and its director where there is one, as keywords."""
+    written = document.director
+    led = DirectorTable(written) if isinstance(written, str) else written
     for key, kind, tables in (("roles", "role", document.roles), ("turns", "turn", document.turns)):
-        if not tables:
+        if not tables and not (kind == "turn" and led):
             place.refuse(key, f"expected at least one {kind} ([[{key}]]), found none: the scene is empty")
     names = [role.name for role in document.roles]
     for index, name in enumerate(names):
         if (first := names.index(name)) < index:
             place.refuse(f"roles.[{index}].name", f"{name!r} is the name of roles[{first}] already; rename one")
     _known(names, agents)
-    roles = tuple(_role(table, f"roles.[{index}]", place, agents, given) for index, table in enumerate(document.roles))
+    director = _director(led, names, place) if led else None
+    roles = []
+    for index, table in enumerate(document.roles):
+        directs = director is not None and director.role.name == table.name
+        if directs and not isinstance(agents, Mapping):  # one agent for all is one for those who work
+            roles.append(_role(table, f"roles.[{index}]", place, None, given, usual="model-user"))
+        else:
+            roles.append(
+                _role(table, f"roles.[{index}]", place, agents, given, usual="model-user" if directs else None)
+            )
     turns = tuple(_turn(table, f"turns.[{index}]", place, names) for index, table in enumerate(document.turns))
-    return Scene(roles, turns)
+    if director is None:
+        return {"scene": Scene(tuple(roles), turns)}
+    for index, turn in enumerate(turns):
+        if turn.role == director.role.name:
+            place.refuse(f"turns.[{index}].role", f"{turn.role!r} directs: it takes no turns, it decides them")
+    role = next(role for role in roles if role.name == director.role.name)
+    workers = tuple(one for one in roles if one is not role)
+    return {"scene": Scene(workers, turns), "director": attrs.evolve(director, role=role)}
 
 
-def _role(table: RoleTable, key: str, place: _Place, agents: Agents | None, given: Mapping[str, str]) -> Role:
-    agent, model = _player(table.name, table.agent, table.model, agents, place=place, key=f"{key}.agent")
+def _director(led: DirectorTable, names: Sequence[str], place: _Place) -> DirectorRole:
+    """What the file says of the director; its role is filled in later."""
+    from orchestrator.directors import model_user
+
+    key = "director.role" if "director.role" in place.lines else "director"
+    if led.role not in names:
+        place.refuse(key, _no_such_role(led.role, names))
+    if len(names) == 1:
+        place.refuse(key, f"{led.role!r} is the only role: there is nobody to direct")
+    if led.brief and (led.persona or led.facts):
+        place.refuse("director.brief", "there is a persona (or facts) too: those write the brief; keep one of the two")
+    if led.persona or led.facts:
+        user = model_user("", persona=led.persona, facts=led.facts, limit=led.limit, name=led.role)
+        return attrs.evolve(user, checks=led.checks)
+    return DirectorRole(Role(led.role, ""), led.brief, led.limit, led.checks)
+
+
+def _role(
+    table: RoleTable,
+    key: str,
+    place: _Place,
+    agents: Agents | None,
+    given: Mapping[str, str],
+    *,
+    usual: str | None = None,
+) -> Role:
+    written = table.agent or usual
+    agent, model = _player(table.name, written, table.model, agents, place=place, key=f"{key}.agent")
     env = _env(table.env, given, place, f"{key}.env")
     return Role(table.name, agent, model, env, turn_sec=table.turn_sec, idle_sec=table.idle_sec)
 
@@ -241,9 +306,30 @@ def _player(
         place.refuse(key, str(error))
 
 
+_PROVIDERS = (("claude", "anthropic"), ("gpt-", "openai"), ("o1", "openai"), ("o3", "openai"), ("o4", "openai"))
+
+
+def provided(model: str) -> str:
+    """A model's name with its provider, which BenchFlow's packages leave out where it is plain to see.
+
+    >>> provided("claude-haiku"), provided("gpt-5.5"), provided("openrouter/x"), provided("mine")
+    ('anthropic/claude-haiku', 'openai/gpt-5.5', 'openrouter/x', 'mine')
+    """
+    known = (*_PROVIDERS, ("gemini", "gemini"))
+    provider = next((name for start, name in known if model.startswith(start) and "/" not in model), None)
+    return f"{provider}/{model}" if provider else model
+
+
 def with_model(scene: Scene, model: str) -> Scene:
     """The scene with this model for every role that names none."""
     return attrs.evolve(scene, roles=tuple(attrs.evolve(role, model=role.model or model) for role in scene.roles))
+
+
+def led_with_model(director: Any, model: str) -> Any:
+    """The director with this model, where it is an agent that names none."""
+    if not isinstance(director, DirectorRole) or director.role.model:
+        return director
+    return attrs.evolve(director, role=attrs.evolve(director.role, model=model))
 
 
 def roles_in_turn(agents: Mapping[str, str]) -> Scene:
@@ -355,7 +441,7 @@ def scene_of(task: Task, agents: Agents | None = None) -> Scene | None:
     if not turns:
         place.refuse("scenes", "expected at least one turn, found none: the scene is empty")
     names = [name for name in order if any(turn.role == name for turn in turns)]
-    _known(names, agents)
+    _known([*names, USER] if user_of(task) is not None else names, agents)
     return Scene(tuple(_role_of(name, order[name], place, agents) for name in names), tuple(turns))
 
 
@@ -402,7 +488,8 @@ def _prompt(turn: TurnMd, scene: str, policy: PromptMd, task: Task) -> str | Non
 
 
 def _role_of(name: str, role: RoleMd, place: _Place, agents: Agents | None) -> Role:
-    agent, model = _player(name, role.agent, role.model or "", agents, place=place, key=f"agents.roles.{name}.agent")
+    written = provided(role.model or "")
+    agent, model = _player(name, role.agent, written, agents, place=place, key=f"agents.roles.{name}.agent")
     env = {key: str(value) for key, value in role.env.items()}
     return Role(name, agent, model, env, turn_sec=role.timeout_sec, idle_sec=role.idle_timeout_sec)
 
@@ -472,12 +559,62 @@ def _told(story: Story, user: User) -> str | None:
     return None
 
 
-def director_of(task: Task, scene: Scene) -> Director | None:
-    """Who leads the scene that a task brings along: its user, where there is a scripted one who knows something.
+USER = "user"
+"""The name of a task's simulated user among the roles: `--role user=AGENT[:MODEL]` says who plays it."""
 
-    None: the turns are taken in order. A user that a model plays is `user_of`, for a director of your own.
+
+def director_of(task: Task, scene: Scene, agents: Agents | None = None) -> Director | DirectorRole | None:
+    """Who leads the scene of a task: its simulated user, where it describes one.
+
+    One that names a model, or that `agents` gives an agent to, is played by that; a scripted one tells what it is
+    asked for. None: there is no user, or a scripted one that knows nothing, and the turns are taken in order.
+
+    Raises:
+        ConfigError: as `scene_of`; or the user has the name of a role.
     """
+    from orchestrator.directors import model_user
+
     user = user_of(task)
-    if user is None or user.model != "scripted" or not user.facts:
+    if user is None:
         return None
-    return tells_when_asked(scene, user)
+    players = {name: agent for name, agent in agents.items() if name == USER} if isinstance(agents, Mapping) else {}
+    if any(role.name == USER for role in scene.roles):
+        players = {}
+    model = "" if user.model == "scripted" else provided(user.model)
+    if not model and not players:
+        return tells_when_asked(scene, user) if user.facts else None
+    _, place = _document(task)
+    if any(role.name == USER for role in scene.roles):
+        place.refuse("user", f"a role of the scene is called {USER!r} too; rename that")
+    agent, model = _player(USER, "model-user", model, players, place=place, key="user.model")
+    return model_user(model, persona=user.persona, facts=user.facts, limit=user.limit, agent=agent)
+
+
+def rollout_of(task: Task | Path | str, agents: Agents | None = None) -> dict[str, Any]:
+    """A task with its own scene and its simulated user, as keywords: `RolloutConfig(**rollout_of("tasks/order"))`.
+
+    A task without scenes needs `agents`: one for its single turn, or by role, who then take one turn each.
+
+    Raises:
+        ConfigError: as `scene_of` and `director_of`; or nobody is named who shall do it.
+    """
+    from orchestrator.tasks.loading import load_task
+
+    loaded = load_task(task) if isinstance(task, str | Path) else task
+    scene = scene_of(loaded, agents) or _without_scenes(loaded, agents)
+    director = director_of(loaded, scene, agents)
+    if director is None and user_of(loaded) is not None:
+        note = "task.md: its user is scripted and knows no fact that it could tell: the turns are taken as written"
+        loaded = attrs.evolve(loaded, notes=(*loaded.notes, note))
+    return {"task": loaded, "scene": scene, "director": director}
+
+
+def _without_scenes(task: Task, agents: Agents | None) -> Scene:
+    if isinstance(agents, Mapping):
+        workers = {name: agent for name, agent in agents.items() if name != USER or user_of(task) is None}
+        if workers:
+            return roles_in_turn(workers)
+    if not isinstance(agents, str):
+        raise ConfigError(f"task {task.name} has no scenes: say which agent shall do it")
+    agent, model = _player("agent", None, "", agents, place=_Place(Path("--agent"), {}), key="agent")
+    return Scene.single(agent, model=model)

@@ -138,6 +138,11 @@ def test_an_answer_that_cannot_be_followed_says_why(answer, roles, checks, said)
         read_answer(answer, roles, checks=checks)
 
 
+def test_of_several_roles_the_one_that_spoke_last_is_meant():
+    assert read_answer("Mend it.", BOTH, "reviewer") == Turn("reviewer", "Mend it.")
+    assert read_answer("TO coder: Mend it.", BOTH, "reviewer") == Turn("coder", "Mend it.")
+
+
 def test_an_addition_is_text_or_nothing():
     assert read_addition(" It is BF-1. ") == "It is BF-1."
     assert read_addition("no\nDONE") == ""
@@ -146,11 +151,12 @@ def test_an_addition_is_text_or_nothing():
 
 
 def test_a_question_offers_what_can_be_answered_and_nothing_else():
-    assert "CHECK" not in question(("coder",), None, checks=False)
-    assert "CHECK" in question(("coder",), None, checks=True)
-    assert 'TO coder:" (coder, reviewer)' in question(BOTH, None, checks=False)
-    assert "TO " not in question(("coder",), None, checks=False)
-    assert question(BOTH, "reviewer", checks=True).startswith("reviewer has the next turn.")
+    assert "CHECK" not in question(("coder",))
+    assert "CHECK" in question(("coder",), checks=True)
+    assert 'TO coder:" (coder, reviewer)' in question(BOTH)
+    assert "TO " not in question(("coder",), "coder")
+    assert question(BOTH, "reviewer").startswith("What do you say to reviewer?")
+    assert 'another, begin with a line "TO coder:" (coder).' in question(BOTH, "reviewer")
 
 
 # --- scenes --------------------------------------------------------------------------------------------------
@@ -193,9 +199,10 @@ def test_a_director_may_ask_for_checks_and_is_told_what_they_found(transport):
 def test_the_scenes_own_turns_come_first_with_what_the_director_adds(transport):
     """`DONE` adds nothing to a turn that is written; after the last one the director leads."""
     roles, turns = ("coder", "reviewer"), (Turn("coder"), Turn("reviewer", "Review."), Turn("coder", "Mend."))
-    make = lambda: director(says("DONE", "The id is BF-1.", "TO reviewer: Thanks.", "DONE"))  # noqa: E731
+    make = lambda: director(says("DONE", "The id is BF-1.", "Thanks.", "DONE"))  # noqa: E731
     stand = play(transport, make, roles=roles, turns=turns)
     assert [text for _, text in prompts(stand)] == ["Do it.", "Review.", "Mend.\n\nThe id is BF-1.", "Thanks."]
+    assert prompts(stand)[-1][0] == "coder"
     assert "coder was asked:\nDo it.\n\ncoder said:" in told(stand)[0]
     assert "reviewer has the next turn" in told(stand)[0]
 
