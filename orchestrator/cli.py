@@ -39,6 +39,9 @@ EXIT_CODES: Mapping[int, str] = {
 
 ENDINGS: Mapping[str | None, int] = {"rewarded": 0, "unverified": 0, "failed": 1, "void": 3, "cancelled": 4, None: 5}
 
+EXPORTS = ("atif",)
+"""The formats of `rollout export`: those of `orchestrator.export`, which is not imported for a list of words."""
+
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
@@ -571,8 +574,7 @@ def diagram(form: str | None, folder: Path | None, output: Path | None, *, as_js
     """
     from orchestrator.diagram import diagram_of
 
-    by_suffix = {".svg": "svg", ".html": "html", ".dot": "dot", ".md": "table", ".mmd": "mermaid"}
-    chosen: Any = form or by_suffix.get(output.suffix if output else "", "mermaid")
+    chosen: Any = form or _diagram_format(output)
     text = diagram_of(folder, format=chosen)
     if output is not None:
         _write(output, text)
@@ -583,11 +585,53 @@ def diagram(form: str | None, folder: Path | None, output: Path | None, *, as_js
     return 0
 
 
+SUFFIXES: Mapping[str, str] = {".svg": "svg", ".html": "html", ".dot": "dot", ".md": "table", ".mmd": "mermaid"}
+"""What the name of a diagram's file says of its format."""
+
+
+def _diagram_format(output: Path | None) -> str:
+    """The format that a file's name says."""
+    if output is None:
+        return "mermaid"
+    if output.suffix not in SUFFIXES:
+        known = ", ".join(f"{suffix} ({form})" for suffix, form in SUFFIXES.items())
+        raise ConfigError(f"{output}: no diagram is written as {output.suffix or 'that'}; give --format, or {known}")
+    return SUFFIXES[output.suffix]
+
+
 def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@cli.command(short_help="A rollout in the format of another program.")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--to", required=True, type=click.Choice(EXPORTS), help="The format.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A new file (benchflow: folder), not stdout.")
+@json_option
+def export(folder: Path, to: str, output: Path | None, *, as_json: bool) -> int:
+    """A rollout's folder in the format of another program: a trajectory, a log, traces, training data.
+
+    \b
+      atif             what Harbor reads
+    A rollout that was cancelled, is void or not over is exported as far as it came, and says so.
+    """  # noqa: D301 - click reads \b as the character
+    from orchestrator import export as exporting
+
+    if output is None:
+        files = exporting.files_of(folder, to)
+        if "." not in files:
+            raise ConfigError(f"{to} is a folder: give -o and a name for it")
+        click.echo(files["."].decode(), nl=False)
+        return 0
+    written = exporting.export(folder, to, output)
+    if as_json:
+        _print_json({"to": to, "output": str(written)})
+    else:
+        click.echo(f"wrote {written}")
+    return 0
 
 
 # --- agents and tasks ----------------------------------------------------------------------------------------

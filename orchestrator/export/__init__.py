@@ -1,0 +1,108 @@
+"""Exports: a rollout's folder in the formats that others read. Each is a fold of what is in the folder, nothing else.
+
+    document(folder, "atif")                    the document as JSON values
+    export(folder, "atif", "trajectory.json")   the same, written
+
+They hold for every rollout: one that is over, was cancelled, void, killed or still runs is exported as far as it came,
+and says what it is. Secrets are in none of them, since none is in the folder. One module a format, each with one
+function `to_<format>`; nothing of a host is imported, so nothing of a host has to be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import attrs
+
+from orchestrator.export.recorded import Recorded, Source, recorded
+from orchestrator.journal import encode_any
+from states.errors import ConfigError
+
+__all__ = ["FORMATS", "Format", "FormatName", "Recorded", "Source", "document", "export", "files_of", "recorded"]
+
+FormatName = Literal["atif"]
+
+
+@attrs.frozen
+class Format:
+    """What a format is: its name, who reads it, and whether it is one JSON document, a line of many, or a folder."""
+
+    name: FormatName
+    read_by: str
+    kind: Literal["json", "jsonl", "folder"]
+    module: str
+
+    def fold(self, source: Source) -> Any:
+        """The document: a dict; of a folder, the bytes of its files by their paths."""
+        function = getattr(importlib.import_module(self.module), f"to_{self.module.rpartition('.')[2]}")
+        return function(source)
+
+
+FORMATS: Mapping[str, Format] = {
+    form.name: form
+    for form in (Format("atif", "Harbor and what else reads trajectories", "json", "orchestrator.export.atif"),)
+}
+assert tuple(FORMATS) == get_args(FormatName)
+
+
+def document(source: Source, to: str) -> Any:
+    """A rollout in a format: JSON values; for a folder, the bytes of each file by its path.
+
+    Raises:
+        ConfigError: there is no such format, or no rollout in that folder.
+        JournalError: a file in the folder cannot be read.
+    """
+    return _format(to).fold(source)
+
+
+def files_of(source: Source, to: str) -> Mapping[str, bytes]:
+    """The bytes that `export` writes, by their path in the folder that it makes; of a single file under `.`."""
+    form, made = _format(to), document(source, to)
+    if form.kind == "folder":
+        files: Mapping[str, bytes] = made
+        return files
+    lines = made if form.kind == "jsonl" else [made]
+    return {".": b"".join(encode_any(line) + b"\n" for line in lines)}
+
+
+def export(source: Source, to: str, out: Path | str) -> Path:
+    """Write a rollout in a format to `out`, a file or (see `Format.kind`) a folder, and return its path.
+
+    Example:
+        >>> export("runs/47ba59e33813", "atif", "trajectory.json")  # doctest: +SKIP
+        PosixPath('trajectory.json')
+
+    Raises:
+        ConfigError: as `document`; or `out` is there already, or cannot be written.
+        JournalError: as `document`.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} is there already, and an export overwrites nothing: give another name, or remove it")
+    files = files_of(source, to)
+    try:
+        _write(out, files)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror or error}") from error
+    return out
+
+
+def _format(to: str) -> Format:
+    if to not in FORMATS:
+        raise ConfigError(f"no export format {to!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[to]
+
+
+def _write(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write it in a folder of ours beside its place, then move it: what stands at `out` is whole."""
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+        draft = Path(folder) / "draft"
+        for name, data in files.items():
+            file = draft / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        draft.rename(out)

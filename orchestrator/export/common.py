@@ -1,0 +1,64 @@
+"""Small things that several exports say in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from orchestrator.export.chat import text_of
+from orchestrator.export.recorded import Step
+
+DISTRIBUTION = "rollout-orchestrator"
+
+
+def lean(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document without what is not known: most formats refuse null, or take it for a value.
+
+    >>> lean({"model": None, "tokens": 0})
+    {'tokens': 0}
+    """
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def iso(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601.
+
+    >>> iso(1.5)
+    '1970-01-01T00:00:01.500000+00:00'
+    """
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+
+
+def own_version() -> str:
+    """Our package's version; `0` in a source tree that is not installed."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "0"
+
+
+def tool_result(step: Step) -> str:
+    """What a tool call gave back, as text: ACP's blocks, a diff by its new text, a terminal by its output."""
+    content, raw = step.get("content"), step.get("raw_output")
+    blocks = content if isinstance(content, list) else [content]
+    return "\n".join(filter(None, map(_block, blocks))) or text_of(raw)
+
+
+def _block(block: Any) -> str:
+    if isinstance(block, Mapping) and block.get("type") == "diff":
+        return f"{block.get('path', '')}\n{block.get('newText') or block.get('new_text') or ''}"
+    return text_of(block)
+
+
+def sentence(step: Step) -> str:
+    """A step that is no act of an agent, in words."""
+    kind = str(step.get("type") or "unknown")
+    if kind == "question":
+        return f"question: {step.get('prompt')} -> {step.get('answer')} ({step.get('by')})"
+    if kind == "plan":
+        given = step.get("entries")
+        entries = [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
+        return "plan: " + "; ".join(f"{entry.get('content')} ({entry.get('status')})" for entry in entries)
+    return kind
