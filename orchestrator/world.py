@@ -38,7 +38,7 @@ from orchestrator.redact import RedactingSink, Redactor, secrets_of
 from orchestrator.registry import Place
 from orchestrator.result import RolloutResult, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
-from orchestrator.transports import make_transport
+from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent
@@ -260,7 +260,7 @@ class LiveWorld:
         if not self.sandbox.has_environment:
             for text in (await install(self.task, self.sandbox)).missing:
                 self.note(text)
-        if self.task.network == "public" and self.config.network not in ("host", "bridge"):
+        if self.task.network == "public" and self.config.network != "host":
             self.note(f"the task asks for a public network; the sandbox has {self.config.network}")
 
     # --- agents ---
@@ -284,6 +284,7 @@ class LiveWorld:
             self._places[member.name],
             questions=self.questions,
             cwd=self.sandbox.cwd,
+            home=getattr(handle, "home", HOME),
             base_url=inside if member.agent.calls_from == "sandbox" or gateway is None else gateway.url,
             sandbox_base_url=inside,
             api_key=key,

@@ -8,6 +8,8 @@ A kind that ships is a module of this package, named as the kind is, imported on
     async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
     LACKS: frozenset[str]                           needs of conformance clauses that it cannot meet, by design
 
+A sandbox that is brought along may have `exec`, `upload` and `download` only: `exec_only` makes the rest.
+
 `handle["kind"]` says whose `reap` it is. A sandbox of a user's own is `module:Class`, or anything that can be called
 with a `SandboxSpec`; its `reap`, an attribute of it, is called where there is one.
 """
@@ -24,10 +26,10 @@ import attrs
 from states.errors import ConfigError, MissingExtra, SandboxError
 from states.ports import Sandbox
 
-Network = Literal["gateway-only", "bridge", "host", "none"]
+Network = Literal["gateway-only", "host", "none"]
 Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
 
-KINDS: Mapping[str, str] = {"local": "", "docker": "docker", "fake": ""}
+KINDS: Mapping[str, str] = {"local": "", "fake": ""}
 """The kinds that ship, and the extra of ours that each needs."""
 
 
@@ -93,12 +95,15 @@ def check_sandbox(wanted: str | Sandbox | Callable[..., Sandbox], options: Mappi
 
 def make_sandbox(spec: SandboxSpec) -> Sandbox:
     """The sandbox that `spec` asks for; nothing is started. Raises `ConfigError` for a name that means nothing."""
-    wanted = spec.sandbox
+    wanted: Any = spec.sandbox
     if isinstance(wanted, str):
-        make = _imported(wanted) if ":" in wanted else _kind(wanted).make
-        return cast(Sandbox, make(spec))
-    if _is_factory(wanted):
-        return cast(Callable[[SandboxSpec], Sandbox], wanted)(spec)
+        wanted = (_imported(wanted) if ":" in wanted else _kind(wanted).make)(spec)
+    elif _is_factory(wanted):
+        wanted = wanted(spec)
+    from orchestrator.sandboxes.exec_only import ExecOnlySandbox, is_exec_only
+
+    if is_exec_only(wanted):
+        wanted = ExecOnlySandbox(wanted, name=spec.name, cwd=getattr(wanted, "cwd", spec.cwd), binds=spec.binds)
     return cast(Sandbox, wanted)
 
 

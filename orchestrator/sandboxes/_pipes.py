@@ -120,6 +120,7 @@ class Messages:
     """Our end of a socket that keeps messages apart."""
 
     sock: socket.socket
+    _sending: anyio.Lock = attrs.field(factory=anyio.Lock)
 
     @classmethod
     def pair(cls) -> tuple[Messages, socket.socket]:
@@ -145,13 +146,14 @@ class Messages:
 
     async def send(self, message: bytes, fds: list[int]) -> None:
         """Send a message with file descriptors. Raises `OSError` when the other side is gone."""
-        while True:
-            try:
-                socket.send_fds(self.sock, [message], fds)
-            except BlockingIOError:
-                await anyio.wait_writable(self.sock)
-            else:
-                return
+        async with self._sending:  # one task at a time may wait for a socket
+            while True:
+                try:
+                    socket.send_fds(self.sock, [message], fds)
+                except BlockingIOError:
+                    await anyio.wait_writable(self.sock)
+                else:
+                    return
 
     def tell(self, message: bytes) -> None:
         """Send a short message; nothing happens when the other side is gone."""

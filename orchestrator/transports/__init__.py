@@ -11,7 +11,7 @@ from orchestrator.registry import Place, resolve_factory
 from states.ports import Transport
 
 HOME = "/home/agent"
-"""An agent's HOME in every sandbox: one per handle."""
+"""An agent's HOME, one per handle, in every sandbox whose handles do not say another (`home`)."""
 
 
 def make_transport(
@@ -20,6 +20,7 @@ def make_transport(
     *,
     questions: Questions,
     cwd: str,
+    home: str = HOME,
     base_url: str | None,
     sandbox_base_url: str | None,
     api_key: str | None,
@@ -32,7 +33,7 @@ def make_transport(
     `keep_stderr` gets what an agent that is a process wrote there, when its session is closed.
     """
     launch = member.agent.render(
-        place, cwd=cwd, home=HOME, model=member.model, base_url=base_url, api_key=api_key, env=member.env
+        place, cwd=cwd, home=home, model=member.model, base_url=base_url, api_key=api_key, env=member.env
     )
     if member.agent.protocol == "acp":
         from orchestrator.transports.acp import AcpLaunch, AcpTransport
