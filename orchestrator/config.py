@@ -23,7 +23,7 @@ from states.deadlines import DEADLINES
 from states.errors import ConfigError
 from states.events import BudgetSpent, Scope, Usage
 from states.journal import Transition
-from states.ports import AskHandler, AskUserRequest, Plan, Sandbox, Verifier
+from states.ports import AskHandler, AskUserRequest, ExecSandbox, Plan, Sandbox, Verifier
 
 UsageTracking = Literal["auto", "required", "off"]
 Policy = Literal["allow", "deny", "ask"]
@@ -162,7 +162,8 @@ class RolloutConfig:
         task: a task folder, a loaded `Task`, or None when `prompt` says all there is (then nothing is verified,
             unless a `verifier` is brought).
         scene: who takes turns. Give `agent` and `model` instead for the usual single turn.
-        sandbox: a kind of `orchestrator.sandboxes`, `module:Class`, or an object that satisfies `Sandbox`.
+        sandbox: a kind of `orchestrator.sandboxes`, `module:Class`, or an object that satisfies `Sandbox`, or the
+            smaller `ExecSandbox`: start, exec, upload and download are enough.
         sandbox_options: words of that kind of sandbox, as `OPTIONS` of its module lists them.
         image, image_map: a prebuilt image, over the task's own; and images that stand for ones which cannot be had.
             For sandboxes that run images.
@@ -207,7 +208,7 @@ class RolloutConfig:
     agent: str | AgentConfig | None = None
     model: str = ""
     env: Mapping[str, str] = attrs.field(factory=dict, repr=lambda env: f"<{len(env)} variables>")
-    sandbox: str | Sandbox | Callable[..., Sandbox] = "local"
+    sandbox: str | Sandbox | ExecSandbox | Callable[..., Sandbox] = "local"
     sandbox_options: Mapping[str, str] = attrs.field(factory=dict)
     image: str | None = None
     image_map: Mapping[str, str] = attrs.field(factory=dict)

@@ -187,6 +187,36 @@ class Sandbox(Protocol):
         """
 
 
+class ExecSandbox(Protocol):
+    """A host's own sandbox, with the least that a rollout needs: what it lacks is made of this, inside it.
+
+    `RolloutConfig(sandbox=...)` takes one as it is. Several `exec` may run at once, and it has Python 3.8 or newer as
+    `python3`. Optional members: `name`, `cwd` (where tasks work, the task's own or `/app` by default), `gateway_url`
+    (as in `Sandbox`; without it model calls come back by a relay), `has_environment` (False where the task's
+    environment is to be brought in: a host has usually done that) and `stop()`. Whatever a member raises is the
+    sandbox's failure.
+
+    Example:
+        >>> class Mine:
+        ...     async def start(self): ...
+        ...     async def exec(self, command, *, timeout_sec=None): ...
+        ...     async def upload(self, source, target): ...
+        ...     async def download(self, source, target): ...
+    """
+
+    async def start(self) -> Any:
+        """Bring it up, where it is not. What it returns is not used."""
+
+    async def exec(self, command: str, *, timeout_sec: float | None = None) -> Any:
+        """Run a POSIX shell command to its end: an object with `stdout`, `stderr` (text or None) and `return_code`."""
+
+    async def upload(self, source: Path, target: str) -> None:
+        """Copy one file in."""
+
+    async def download(self, source: str, target: Path) -> None:
+        """Copy one file out."""
+
+
 # --- agents --------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ NAMES = [
     "DirectorError",
     "DirectorRole",
     "ExecResult",
+    "ExecSandbox",
     "ExecTimeout",
     "HandleRevoked",
     "IllegalTransition",

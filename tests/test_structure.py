@@ -368,9 +368,9 @@ def test_an_illegal_transition_is_one_of_our_errors_and_says_both_names():
 
 PUBLIC = """
 Agent AgentCapabilities AgentConfig AgentError AgentLost AskUserRequest Budgets ConfigError ConnectError DirectorError
-DirectorRole ExecResult ExecTimeout HandleRevoked IllegalTransition JournalError MissingExtra OrchestratorError
-PathEscape ProviderError QuietError Registry Role Rollout RolloutConfig RolloutResult Sandbox SandboxError
-SandboxHandle Scene Session StopReason TaskError TrackedUsage Transition Turn Usage Verdict VerifierError
+DirectorRole ExecResult ExecSandbox ExecTimeout HandleRevoked IllegalTransition JournalError MissingExtra
+OrchestratorError PathEscape ProviderError QuietError Registry Role Rollout RolloutConfig RolloutResult Sandbox
+SandboxError SandboxHandle Scene Session StopReason TaskError TrackedUsage Transition Turn Usage Verdict VerifierError
 register_agent run_sync
 """
 

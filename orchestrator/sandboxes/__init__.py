@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 import attrs
 
 from states.errors import ConfigError, MissingExtra, SandboxError
-from states.ports import Sandbox
+from states.ports import ExecSandbox, Sandbox
 
 Network = Literal["gateway-only", "host", "none"]
 Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
@@ -59,7 +59,7 @@ class SandboxSpec:
         note: Says something worth knowing (an image that was built, a limit that cannot be kept) in the journal.
     """
 
-    sandbox: str | Sandbox | Callable[..., Sandbox]
+    sandbox: str | Sandbox | ExecSandbox | Callable[..., Sandbox]
     name: str
     cwd: str = "/app"
     gateway_port: int | None = None
@@ -80,7 +80,7 @@ class SandboxSpec:
     note: Callable[[str], None] = _unheard
 
 
-def check_sandbox(wanted: str | Sandbox | Callable[..., Sandbox], options: Mapping[str, str]) -> None:
+def check_sandbox(wanted: str | Sandbox | ExecSandbox | Callable[..., Sandbox], options: Mapping[str, str]) -> None:
     """Raise `ConfigError` when a config names a sandbox, or an option of one, that there is not."""
     if isinstance(wanted, str) and ":" in wanted:
         _imported(wanted)
@@ -100,9 +100,9 @@ def make_sandbox(spec: SandboxSpec) -> Sandbox:
         wanted = (_imported(wanted) if ":" in wanted else _kind(wanted).make)(spec)
     elif _is_factory(wanted):
         wanted = wanted(spec)
-    from orchestrator.sandboxes.exec_only import ExecOnlySandbox, is_exec_only
+    if _is_exec_only(wanted):
+        from orchestrator.sandboxes.exec_only import ExecOnlySandbox
 
-    if is_exec_only(wanted):
         wanted = ExecOnlySandbox(wanted, name=spec.name, cwd=getattr(wanted, "cwd", spec.cwd), binds=spec.binds)
     return cast(Sandbox, wanted)
 
@@ -131,6 +131,12 @@ async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:
 
 def _is_factory(wanted: object) -> bool:
     return callable(wanted) and (isinstance(wanted, type) or not hasattr(wanted, "start"))
+
+
+def _is_exec_only(made: object) -> bool:
+    """Whether it is an `ExecSandbox`: it can exec by itself, and has no handles."""
+    able = all(callable(getattr(made, name, None)) for name in ("start", "exec", "upload", "download"))
+    return able and not hasattr(made, "handle")
 
 
 def _kind(name: str) -> Any:

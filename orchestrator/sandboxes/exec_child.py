@@ -122,8 +122,12 @@ def hello(asked: dict[str, Any]) -> dict[str, Any]:
     info = os.lstat(asked["root"])
     if info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise Failed(f"somebody else has made {asked['root']}")
+    os.makedirs(asked["cwd"], exist_ok=True)
     for folder in asked["folders"]:
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except PermissionError:  # whoever wants to use it will be told
+            pass
     return {"python": sys.version.split()[0], "uid": os.geteuid()}
 
 
@@ -425,7 +429,12 @@ def keep(folder: str, tell: int) -> None:
     with open(f"{folder}/keeper", "w", encoding="ascii") as file:
         json.dump([os.getpid(), mine[2]], file)
     os.write(tell, b"k")
-    os.close(tell)
+    inherited = {listener.fileno(), 0, 1, 2}
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - inherited:
+        try:
+            os.close(fd)  # the lock among them: had we not held it until now, whoever waits for it would start another
+        except OSError:
+            pass  # it was the listing's own
     Keeper(folder, listener).run()
 
 

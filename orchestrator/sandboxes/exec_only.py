@@ -1,12 +1,6 @@
 """A host's own sandbox that can only start, exec, upload and download, as a `Sandbox`: that is all it takes.
 
-    class Mine:                                    # an `ExecSandbox`
-        async def start(self): ...
-        async def exec(self, command, *, timeout_sec=None): ...      # -> .stdout .stderr .return_code
-        async def upload(self, source, target): ...                  # one file
-        async def download(self, source, target): ...                # one file
-
-    RolloutConfig(sandbox=Mine(), ...)
+    RolloutConfig(sandbox=mine, ...)     # `mine` satisfies `states.ports.ExecSandbox`
 
 What such a sandbox lacks, a process that is talked to and proof that an agent is dead, is made by `exec_child.py`,
 which runs inside on the sandbox's Python (3.8 or newer): see there. A channel is a process whose output is asked for
@@ -39,7 +33,7 @@ import tempfile
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, TypeVar, cast
+from typing import Any, Final, Literal, cast
 
 import anyio
 import anyio.lowlevel
@@ -49,9 +43,7 @@ import attrs
 from orchestrator.sandboxes import _files, exec_child
 from orchestrator.sandboxes._files import Mount, Tree
 from states.errors import ExecTimeout, HandleRevoked, PathEscape, QuietError, SandboxError, said
-from states.ports import ExecResult
-
-T = TypeVar("T")
+from states.ports import ExecResult, ExecSandbox
 
 SHARED: Final = ("/logs/agent",)
 TRUSTED: Final = ("/tests", "/solution", "/logs/verifier")
@@ -73,33 +65,6 @@ GRACE_SEC: Final = 30.0
 """What a call may take beyond what it was given, before we give it up."""
 TRIES: Final = 3
 """How often a call that may be repeated is made."""
-
-
-class ExecSandbox(Protocol):
-    """What a host's sandbox needs to be one of ours. Further keywords and members are welcome and not used.
-
-    Several `exec` may run at once. Optional members: `name`, `cwd` (where tasks work, `/app` by default),
-    `gateway_url` (the model gateway as seen from inside; without it calls come back by a relay), `has_environment`
-    (False where the task's environment is to be brought in; a host has usually done that) and `stop()`.
-    """
-
-    async def start(self) -> Any:
-        """Bring it up, if it is not. What it returns is not used."""
-
-    async def exec(self, command: str, *, timeout_sec: float | None = None) -> Any:
-        """Run a POSIX shell command to its end: an object with `stdout`, `stderr` (text or None) and `return_code`."""
-
-    async def upload(self, source: Path, target: str) -> None:
-        """Copy one file in."""
-
-    async def download(self, source: str, target: Path) -> None:
-        """Copy one file out."""
-
-
-def is_exec_only(wanted: object) -> bool:
-    """Whether it is an `ExecSandbox` and not a `Sandbox`: it can exec by itself, and has no handles."""
-    able = all(callable(getattr(wanted, name, None)) for name in ("start", "exec", "upload", "download"))
-    return able and not isinstance(wanted, type) and not hasattr(wanted, "handle")
 
 
 @attrs.define(eq=False)
@@ -402,8 +367,8 @@ class ExecOnlySandbox:
             if self._phase == "new":
                 self._touched = True
                 await _translated(f"sandbox {self.name} does not start", self.within.start)
-                folders = [self.cwd, *SHARED, *TRUSTED]
-                await self._ask({"do": "hello", "root": self._root, "folders": folders}, "starting", tries=TRIES)
+                asked = {"do": "hello", "root": self._root, "cwd": self.cwd, "folders": [*SHARED, *TRUSTED]}
+                await self._ask(asked, "starting", tries=TRIES)
                 for path in self.binds:
                     await self._bring(path)
                 self._phase = "up"
@@ -463,7 +428,9 @@ class ExecOnlySandbox:
         try:
             await self._take_in(Path(path), path)
         except SandboxError as error:
-            raise SandboxError(f"an agent needs {path} of this host at the same place in the sandbox: {error}") from error
+            raise SandboxError(
+                f"an agent needs {path} of this host at the same place in the sandbox: {error}"
+            ) from error
 
     # --- calls ---
 

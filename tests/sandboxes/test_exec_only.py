@@ -68,7 +68,9 @@ async def test_an_acp_agent_solves_the_demo_task_in_it(box, tmp_path):
 @pytest.mark.parametrize("agent", ["minimal-acp", "minimal"])
 async def test_model_calls_come_back_over_the_same_execs_and_are_counted(box, tmp_path, agent):
     """An agent in it calls its model by a relay that speaks through a channel of its own; one here calls directly."""
-    async with ScriptedUpstream(ShellScript(DEMO_COMMAND), apis=["openai-chat"], api_key="key-of-the-provider") as model:
+    async with ScriptedUpstream(
+        ShellScript(DEMO_COMMAND), apis=["openai-chat"], api_key="key-of-the-provider"
+    ) as model:
         upstream = Upstream("scripted", model.url, ["openai-chat"], api_key="key-of-the-provider")
         config = RolloutConfig(
             task=demo_task(), agent=agent, upstream=upstream, sandbox=box, out=tmp_path, usage_tracking="required"
