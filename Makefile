@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto
-EXTRAS := litellm,pydantic-ai,mini-swe-agent
+EXTRAS := litellm,pydantic-ai,mini-swe-agent,docker
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-all demo test test-all cov check format diagrams bench clean

@@ -133,7 +133,7 @@ def cli() -> None:
 @click.option("--image-map", multiple=True, metavar="FROM=TO", help="TO stands for FROM, which cannot be had here.")
 @click.option(
     "--network",
-    type=click.Choice(["gateway-only", "host", "none"]),
+    type=click.Choice(["gateway-only", "bridge", "host", "none"]),
     default="gateway-only",
     show_default=True,
     help="What the sandbox can reach.",

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import anyio
 import attrs
@@ -212,7 +212,7 @@ class RolloutConfig:
     sandbox_options: Mapping[str, str] = attrs.field(factory=dict)
     image: str | None = None
     image_map: Mapping[str, str] = attrs.field(factory=dict)
-    network: Network = attrs.field(default="gateway-only", validator=_one_of("gateway-only", "host", "none"))
+    network: Network = attrs.field(default="gateway-only", validator=_one_of(*get_args(Network)))
     keep_sandbox: Keep = attrs.field(default="never", validator=_one_of("never", "on-failure", "always"))
     out: Path | None = attrs.field(default=Path("runs"), converter=attrs.converters.optional(Path))
     upstream: Any = None

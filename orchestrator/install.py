@@ -87,7 +87,7 @@ async def ensure_installed(config: AgentConfig, progress: Progress | None = None
     assert config.install is not None
     folder, tell = install_folder(config), progress or (lambda _line: None)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    async with _locked(Path(f"{folder}.lock"), lambda: tell(f"waiting: another process installs {config.name}")):
+    async with locked(Path(f"{folder}.lock"), lambda: tell(f"waiting: another process installs {config.name}")):
         if (place := installed(config)) is not None:
             return place
         tell(f"installing {config.name} into {folder}")
@@ -148,8 +148,11 @@ def _arch() -> str:
 
 
 @asynccontextmanager
-async def _locked(path: Path, on_wait: Callable[[], None]) -> AsyncIterator[None]:
-    """Hold a file lock that the system frees with us. Polled, so that waiting can be cancelled on either backend."""
+async def locked(path: Path, on_wait: Callable[[], None]) -> AsyncIterator[None]:
+    """Hold a file lock against other tasks and processes; the system frees it with us.
+
+    Polled, so that waiting can be cancelled on either backend.
+    """
     import fcntl
 
     with path.open("w") as lock:

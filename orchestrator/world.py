@@ -260,7 +260,7 @@ class LiveWorld:
         if not self.sandbox.has_environment:
             for text in (await install(self.task, self.sandbox)).missing:
                 self.note(text)
-        if self.task.network == "public" and self.config.network != "host":
+        if self.task.network == "public" and self.config.network not in ("host", "bridge"):
             self.note(f"the task asks for a public network; the sandbox has {self.config.network}")
 
     # --- agents ---

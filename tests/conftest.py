@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import docker_images
 import pytest
+from requirements import missing
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 
@@ -23,3 +25,16 @@ def snapshot(snapshot):
 def anyio_backend(request):
     """Both loops; a test of a part that needs asyncio overrides this in its module."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def docker_image():
+    """`docker_image()`: a Debian in the engine; `docker_image(BARE)`: one without Python. Skips without an engine."""
+
+    def get(name: str = docker_images.DEBIAN) -> str:
+        try:
+            return docker_images.make(name)
+        except docker_images.NoEngine as error:
+            missing("docker", str(error))
+
+    return get

@@ -26,10 +26,10 @@ import attrs
 from states.errors import ConfigError, MissingExtra, SandboxError
 from states.ports import ExecSandbox, Sandbox
 
-Network = Literal["gateway-only", "host", "none"]
+Network = Literal["gateway-only", "bridge", "host", "none"]
 Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
 
-KINDS: Mapping[str, str] = {"local": "", "fake": ""}
+KINDS: Mapping[str, str] = {"local": "", "docker": "docker", "fake": ""}
 """The kinds that ship, and the extra of ours that each needs."""
 
 

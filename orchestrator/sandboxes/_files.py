@@ -4,8 +4,12 @@ An agent may plant any link, FIFO or sparse file, and may swap them while we loo
 path: each component is opened below the one before it, links are read and walked by us, and a link that leads out of
 where it may lead is a `PathEscape`. Files are opened so that a FIFO or a device never blocks, and written by renaming.
 
-All of it blocks; callers run it in a worker thread.
+All of it blocks; callers run it in a worker thread. A container runs this very file, alone and started in a moment, so
+that it imports neither `typing` nor anything that is not in Python.
 """
+
+# Imports cost, see above.
+# ruff: noqa: PTH101
 
 from __future__ import annotations
 
@@ -13,48 +17,56 @@ import contextlib
 import errno
 import os
 import posixpath
-import secrets
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Final
 
-import attrs
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-from states.errors import PathEscape, SandboxError
+if TYPE_CHECKING or __name__ != "_files":
+    from states.errors import PathEscape, SandboxError
+else:  # in a container, where nothing of ours is but this folder
 
-READ_LIMIT: Final = 256 << 20
+    class SandboxError(Exception):
+        """As in `states.errors`; the host is told by its name."""
+
+    class PathEscape(SandboxError):
+        """As in `states.errors`; the host is told by its name."""
+
+
+__all__ = ["Mount", "PathEscape", "SandboxError", "Tree", "copy_folder", "open_source", "open_target", "remove"]
+
+READ_LIMIT = 256 << 20
 """Largest file that `read_file` takes into memory, in bytes."""
 
-MAX_LINKS: Final = 40
-MAX_DEPTH: Final = 100
-_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+MAX_LINKS = 40
+MAX_DEPTH = 100
+_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-@attrs.frozen
 class Mount:
-    """A folder of the host and the path at which the sandbox has it."""
+    """A folder of the host and the path at which the sandbox has it. `owner`: the uid that files get; None: ours."""
 
-    at: str
-    host: str
-    writable: bool = True
+    __slots__ = ("at", "host", "owner", "writable")
+
+    def __init__(self, at: str, host: str, *, writable: bool = True, owner: int | None = None) -> None:
+        self.at, self.host, self.writable, self.owner = at, host, writable, owner
 
 
-@attrs.frozen
 class Tree:
     """The folders of a sandbox.
 
     `confined`: a link may lead anywhere within the folder it stands in, and not into another one. An agent's own
-    handle is not confined: its links may lead to whatever it sees anyway. `owner`: the uid of this host that files in
-    the sandbox belong to, None for our own.
+    handle is not confined: its links may lead to whatever it sees anyway.
     """
 
-    name: str
-    mounts: tuple[Mount, ...]
-    confined: bool = True
-    owner: int | None = None
+    __slots__ = ("confined", "mounts", "name")
+
+    def __init__(self, name: str, mounts: tuple[Mount, ...], *, confined: bool = True) -> None:
+        self.name, self.mounts, self.confined = name, mounts, confined
 
     def read(self, path: str) -> bytes:
         """The bytes of a file. Raises `SandboxError` naming the path when there is no such file."""
@@ -73,50 +85,55 @@ class Tree:
         """Write a file, making its folders; what is there, a link too, is replaced and never written through."""
         with self._walk(path, make=True) as spot:
             spot.require_writable()
-            _write(spot.fd, spot.name, data, mode, self.owner)
+            _write(spot.fd, spot.name, data, mode, spot.mount.owner)
 
     def copy_in(self, source: Path, target: str) -> None:
         """Copy a file or a folder's content in, replacing what is in the way."""
+        with open_source(source) as origin:
+            self.take_in(origin, source.name, target)
+
+    def take_in(self, origin: int, name: str, target: str) -> None:
+        """The same for a file or folder that is open; `name` is what a file is called where `target` is a folder."""
         try:
-            origin = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as exc:
-            raise SandboxError(f"cannot upload {source}: {exc.strerror}") from exc
-        try:
-            mode = os.fstat(origin).st_mode
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(os.fstat(origin).st_mode):
                 with self._walk(posixpath.join(target, "."), make=True) as spot:
                     spot.require_writable()
-                    _Copy(lambda *_: True, self.owner).folder(origin, spot.fd)
-            elif stat.S_ISREG(mode):
-                with self._walk(self._file_target(source, target), make=True) as spot:
-                    spot.require_writable()
-                    _Copy(lambda *_: True, self.owner).file(origin, spot.fd, spot.name)
+                    _Copy(lambda *_: True, spot.mount.owner).folder(origin, spot.fd)
             else:
-                raise SandboxError(f"cannot upload {source}: it is neither a file nor a folder")
+                with self._walk(self._file_target(name, target), make=True) as spot:
+                    spot.require_writable()
+                    _Copy(lambda *_: True, spot.mount.owner).file(origin, spot.fd, spot.name)
         except OSError as exc:
-            raise SandboxError(f"cannot upload {source} to {target} in sandbox {self.name}: {exc}") from exc
-        finally:
-            os.close(origin)
+            raise SandboxError(f"cannot upload {name} to {target} in sandbox {self.name}: {exc}") from exc
 
     def copy_out(self, source: str, target: Path) -> None:
         """Copy a file or a folder's content out. Links that could lead out of it are left out, as are devices."""
+        with open_target(source, target, folder=self.is_folder(source)) as (out, name):
+            self.give_out(source, out, name)
+
+    def is_folder(self, source: str) -> bool:
+        """Whether it is a folder. Raises `SandboxError` where it is neither that nor a file."""
+        with self._walk(source) as spot, spot.open() as origin:
+            mode = os.fstat(origin).st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise SandboxError(f"not a file or folder in sandbox {self.name}: {source}")
+        return stat.S_ISDIR(mode)
+
+    def give_out(self, source: str, out: int, name: str, owner: int | None = None) -> None:
+        """Copy a file to `name` in the open folder `out`, or a folder's content where `name` is empty."""
         try:
             with self._walk(source) as spot, spot.open() as origin:
-                if stat.S_ISDIR(os.fstat(origin).st_mode):
-                    target.mkdir(parents=True, exist_ok=True)
-                    with _opened(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as out:
-                        _Copy(_stays_inside).folder(origin, out)
-                elif stat.S_ISREG(os.fstat(origin).st_mode):
-                    place = target / posixpath.basename(source) if target.is_dir() else target
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with _opened(place.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as out:
-                        _Copy(_stays_inside).file(origin, out, place.name)
+                if stat.S_ISDIR(os.fstat(origin).st_mode) == bool(name):
+                    raise SandboxError(f"{source} in sandbox {self.name} was swapped for another while we looked")
+                copy = _Copy(_stays_inside, owner)
+                if name:
+                    copy.file(origin, out, name)
                 else:
-                    raise SandboxError(f"not a file or folder in sandbox {self.name}: {source}")
+                    copy.folder(origin, out)
         except OSError as exc:
-            raise SandboxError(f"cannot download {source} of sandbox {self.name} to {target}: {exc}") from exc
+            raise SandboxError(f"cannot download {source} of sandbox {self.name}: {exc}") from exc
 
-    def _file_target(self, source: Path, target: str) -> str:
+    def _file_target(self, name: str, target: str) -> str:
         """A file goes to `target`; under its own name where that is a folder already."""
         try:
             with self._walk(target) as spot, spot.open() as fd:
@@ -125,7 +142,7 @@ class Tree:
             if isinstance(exc, PathEscape):
                 raise
             folder = target.endswith("/")
-        return posixpath.join(target, source.name) if folder else target
+        return posixpath.join(target, name) if folder else target
 
     @contextlib.contextmanager
     def _walk(self, path: str, *, make: bool = False) -> Iterator[_Spot]:
@@ -146,14 +163,13 @@ class Tree:
             walk.close()
 
 
-@attrs.frozen
 class _Spot:
     """Where a path ends: a name in an open folder ("." is that folder itself)."""
 
-    path: str
-    fd: int
-    name: str
-    mount: Mount
+    __slots__ = ("fd", "mount", "name", "path")
+
+    def __init__(self, path: str, fd: int, name: str, mount: Mount) -> None:
+        self.path, self.fd, self.name, self.mount = path, fd, name, mount
 
     @contextlib.contextmanager
     def open(self) -> Iterator[int]:
@@ -167,17 +183,19 @@ class _Spot:
             raise SandboxError(f"{self.path} is read-only in a sandbox")
 
 
-@attrs.define(eq=False)
 class _Walk:
-    """One walk along a path. `here` is where it stands: (name, its mount, its open folder) from the root on."""
+    """One walk along a path. `here` is where it stands: (name, its mount, its open folder) from the root on.
 
-    tree: Tree
-    path: str
-    make: bool
-    here: list[tuple[str, Mount | None, int]] = attrs.field(factory=list)
-    links: int = 0
-    fence: Mount | None = None
-    """Once a link was followed: the folder that it may not lead out of."""
+    `fence`, once a link was followed, is the folder that it may not lead out of.
+    """
+
+    __slots__ = ("fence", "here", "links", "make", "path", "tree")
+
+    def __init__(self, tree: Tree, path: str, *, make: bool) -> None:
+        self.tree, self.path, self.make = tree, path, make
+        self.here: list[tuple[str, Mount | None, int]] = []
+        self.links = 0
+        self.fence: Mount | None = None
 
     def go(self) -> _Spot:
         todo = deque(part for part in self.path.split("/") if part)
@@ -194,7 +212,7 @@ class _Walk:
                 continue
             mount, folder = self._standing(at)
             final = not todo and not last_is_folder
-            found = self._look(part, folder, final=final)
+            found = self._look(part, folder, mount, final=final)
             if stat.S_ISLNK(found) and not (final and self.make):
                 self._follow(part, folder, mount, todo)
             elif final:
@@ -236,7 +254,7 @@ class _Walk:
             raise SandboxError(f"no such file or folder here in sandbox {self.tree.name}: {at} (there is {places})")
         return mount, fd
 
-    def _look(self, part: str, folder: int, *, final: bool) -> int:
+    def _look(self, part: str, folder: int, mount: Mount, *, final: bool) -> int:
         """The mode of `part`; a folder that is missing is made where we write."""
         try:
             return os.lstat(part, dir_fd=folder).st_mode
@@ -247,7 +265,7 @@ class _Walk:
             return 0
         with contextlib.suppress(FileExistsError):
             os.mkdir(part, 0o755, dir_fd=folder)
-            _give(self.tree.owner, part, folder)
+            _give(mount.owner, part, folder)
         return os.lstat(part, dir_fd=folder).st_mode
 
     def _follow(self, part: str, folder: int, mount: Mount, todo: deque[str]) -> None:
@@ -264,6 +282,38 @@ class _Walk:
 
 
 # --- copying ---
+
+
+@contextlib.contextmanager
+def open_source(source: Path) -> Iterator[int]:
+    """Open what is to be copied in. Raises `SandboxError` naming it where it is neither a file nor a folder."""
+    try:
+        origin = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise SandboxError(f"cannot upload {source}: {exc.strerror}") from exc
+    try:
+        mode = os.fstat(origin).st_mode
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise SandboxError(f"cannot upload {source}: it is neither a file nor a folder")
+        yield origin
+    finally:
+        os.close(origin)
+
+
+@contextlib.contextmanager
+def open_target(source: str, target: Path, *, folder: bool) -> Iterator[tuple[int, str]]:
+    """Where `source` goes on this host: an open folder, and the name of a file in it ("" for a folder's content)."""
+    place = target / posixpath.basename(source) if not folder and target.is_dir() else target
+    home = place if folder else place.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        out = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise SandboxError(f"cannot download {source} to {target}: {exc.strerror}") from exc
+    try:
+        yield out, "" if folder else place.name
+    finally:
+        os.close(out)
 
 
 def _give(owner: int | None, name: str, folder: int) -> None:
@@ -288,7 +338,7 @@ def _readable(name: str, flags: int, folder: int) -> Iterator[int]:
         fd = os.open(name, flags, dir_fd=folder)
     except PermissionError:
         with _opened(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder) as handle:
-            Path("/proc/self/fd", str(handle)).chmod(stat.S_IMODE(os.fstat(handle).st_mode) & 0o777 | 0o500)
+            os.chmod(f"/proc/self/fd/{handle}", stat.S_IMODE(os.fstat(handle).st_mode) & 0o777 | 0o500)
         fd = os.open(name, flags, dir_fd=folder)
     try:
         yield fd
@@ -299,7 +349,7 @@ def _readable(name: str, flags: int, folder: int) -> Iterator[int]:
 @contextlib.contextmanager
 def _replacing(folder: int, name: str, mode: int, owner: int | None) -> Iterator[int]:
     """A new file that takes the place of `name` once it is complete."""
-    draft = f".{secrets.token_hex(8)}"
+    draft = f".{os.urandom(8).hex()}"
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         yield fd
@@ -330,12 +380,13 @@ def _stays_inside(target: str, depth: int) -> bool:
     return not target.startswith("/") and climbs <= depth and ".." not in parts[climbs:]
 
 
-@attrs.frozen
 class _Copy:
     """Copies between two open folders, replacing what is in the way. `links` says which links come along, as links."""
 
-    links: Callable[[str, int], bool]
-    owner: int | None = None
+    __slots__ = ("links", "owner")
+
+    def __init__(self, links: Callable[[str, int], bool], owner: int | None = None) -> None:
+        self.links, self.owner = links, owner
 
     def folder(self, origin: int, out: int, depth: int = 0) -> None:
         """The content of a folder. Devices, sockets and FIFOs are left out."""
@@ -356,7 +407,7 @@ class _Copy:
     def link(self, target: str, out: int, name: str, depth: int) -> None:
         """A link, as it is; never followed."""
         if self.links(target, depth):
-            draft = f".{secrets.token_hex(8)}"
+            draft = f".{os.urandom(8).hex()}"
             os.symlink(target, draft, dir_fd=out)
             _give(self.owner, draft, out)
             os.replace(draft, name, src_dir_fd=out, dst_dir_fd=out)
@@ -391,6 +442,11 @@ class _Copy:
             yield fd
 
 
+def copy_folder(origin: int, out: int, owner: int | None) -> None:
+    """The content of one open folder into another one, links as they are."""
+    _Copy(lambda *_: True, owner).folder(origin, out)
+
+
 def remove(root: Path) -> None:
     """Remove a folder, whatever an agent made of it: unreadable folders, and nests too deep to have a path.
 
@@ -421,7 +477,7 @@ def _empty(folder: int, top: int, number: int) -> int:
         if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
             os.chmod(name, 0o700, dir_fd=folder)
             number += 1
-            os.rename(name, f".up-{number}-{secrets.token_hex(4)}", src_dir_fd=folder, dst_dir_fd=top)
+            os.rename(name, f".up-{number}-{os.urandom(4).hex()}", src_dir_fd=folder, dst_dir_fd=top)
         else:
             os.unlink(name, dir_fd=folder)
     return number

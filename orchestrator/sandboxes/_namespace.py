@@ -139,7 +139,7 @@ class Namespace:
         looked_at, left = await anyio.to_thread.run_sync(_members, inode, self.pid)
         if left:
             raise QuietError(f"handle {name}: processes {left} are still in its PID namespace")
-        return (evidence, f"none of {looked_at} processes on this machine is in PID namespace {inode}")
+        return (evidence, f"none of {looked_at} processes is in PID namespace {inode}")
 
     def close(self) -> None:
         """Give back the file descriptors. Idempotent."""

@@ -29,11 +29,13 @@ class Request:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     cwd: str
+    more: Mapping[str, Any] = attrs.field(factory=dict)
+    """Further words for a supervisor that knows them."""
 
     @classmethod
-    def of(cls, command: str | Sequence[str], env: Mapping[str, str], cwd: str) -> Self:
+    def of(cls, command: str | Sequence[str], env: Mapping[str, str], cwd: str, **more: Any) -> Self:
         """A string goes through `/bin/sh -c`, unless it is too long for that: see `script`."""
-        return cls(("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command), env, cwd)
+        return cls(("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command), env, cwd, more)
 
     @property
     def script(self) -> bytes | None:
@@ -98,7 +100,7 @@ class Started:
 @contextlib.contextmanager
 def _request_files(request: Request) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
     """The request as a message, and what does not fit into one as files in memory."""
-    body: dict[str, Any] = {"argv": list(request.argv), "env": dict(request.env), "cwd": request.cwd}
+    body: dict[str, Any] = {"argv": list(request.argv), "env": dict(request.env), "cwd": request.cwd, **request.more}
     files: dict[str, int] = {}
     try:
         script = request.script

@@ -36,7 +36,6 @@ import hashlib
 import json
 import os
 import posixpath
-import re
 import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -48,10 +47,12 @@ import anyio.lowlevel
 import anyio.to_thread
 import attrs
 
-from orchestrator.sandboxes import SandboxSpec, _bwrap, _limits
+from orchestrator.sandboxes import Network, SandboxSpec, _bwrap, _limits
 from orchestrator.sandboxes._bwrap import GATEWAY, SYSTEM_PATH
 from orchestrator.sandboxes._files import Mount, Tree, remove
+from orchestrator.sandboxes._gateway import GatewayReach
 from orchestrator.sandboxes._limits import Limits
+from orchestrator.sandboxes._names import file_name
 from orchestrator.sandboxes._namespace import END_SEC, Namespace, pids
 from orchestrator.sandboxes._probe import Finding, probe
 from orchestrator.sandboxes._process import Channel, Request, run
@@ -71,14 +72,6 @@ TRUSTED: Final = ("/tests", "/solution", "/logs/verifier")
 OPEN_SEC: Final = 20.0
 MARKER: Final = ".rollout-sandbox.json"
 """A file in a sandbox's root that says so: a reaper removes no folder without it."""
-
-
-@attrs.frozen
-class GatewayReach:
-    """How the model gateway is reached: its unix socket on this host, and the port at which sandboxes find it."""
-
-    socket: Path
-    port: int
 
 
 def _absolute(path: str | Path) -> Path:
@@ -207,7 +200,7 @@ class LocalHandle:
     @property
     def _folder(self) -> Path:
         kind = "trusted" if self.trusted else "agent"
-        return self._sandbox.root / "handles" / f"{kind}-{_file_name(self.name)}"
+        return self._sandbox.root / "handles" / f"{kind}-{file_name(self.name)}"
 
     def _inside_folders(self) -> tuple[str, ...]:
         own = self._sandbox._shared
@@ -229,16 +222,15 @@ class LocalHandle:
         )
 
     def _tree(self) -> Tree:
-        view = self._view()
+        view, owner = self._view(), self._sandbox._owner
         return Tree(
             self._sandbox.name,
             (
-                *(Mount(inside, host) for host, inside in view.writable),
+                *(Mount(inside, host, owner=owner) for host, inside in view.writable),
                 *(Mount(inside, host, writable=False) for host, inside in view.readable if Path(host).is_dir()),
                 Mount("/usr", "/usr", writable=False),
             ),
             confined=self.trusted,
-            owner=self._sandbox._owner,
         )
 
     def _env(self, env: Mapping[str, str] | None) -> dict[str, str]:
@@ -276,7 +268,7 @@ class LocalSandbox:
     name: str
     root: Path = attrs.field(converter=_absolute)
     gateway: GatewayReach | None = None
-    network: Literal["gateway-only", "host", "none"] = "gateway-only"
+    network: Network = "gateway-only"
     limits: Limits = attrs.field(factory=Limits)
     binds: tuple[tuple[Path, str], ...] = ()
     cwd: str = "/app"
@@ -408,7 +400,7 @@ class LocalSandbox:
 
     def _tree(self) -> Tree:
         places = (*self._shared, *TRUSTED)
-        return Tree(self.name, tuple(Mount(at, str(self._backing(at))) for at in places), owner=self._owner)
+        return Tree(self.name, tuple(Mount(at, str(self._backing(at)), owner=self._owner) for at in places))
 
     def _backing(self, at: str) -> Path:
         return self.root / "files" / at.strip("/").replace("/", ".")
@@ -424,14 +416,8 @@ class LocalSandbox:
     def _admit_to_gateway(self) -> None:
         """Where the sandbox's user is not us, the gateway's socket must be open to others; its keys still guard it."""
         reach = self._reach()
-        if reach is None:
-            return
-        try:
-            mode = reach.socket.stat().st_mode
-            if self._owner is not None and mode & 0o006 != 0o006:
-                reach.socket.chmod(mode | 0o666)
-        except OSError as exc:
-            raise SandboxError(f"the gateway's socket {reach.socket} cannot be used: {exc.strerror}") from exc
+        if reach is not None and self._owner is not None:
+            reach.admit_all()
 
     def _settings(self, pid: int) -> dict[str, Any]:
         """Put a new PID 1 under the limits, and say what it has to do itself."""
@@ -535,11 +521,5 @@ async def _in_thread(work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work)
 
 
-def _file_name(name: str) -> str:
-    """A role's name as the name of a folder, two names never the same."""
-    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
 def _group_name(name: str, root: Path) -> str:
-    return f"rollout-{_file_name(name)}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+    return f"rollout-{file_name(name)}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"

@@ -45,6 +45,9 @@ MESSAGE_BYTES = 65_536
 RELAYED = 200
 """How many connections to the gateway are open at once."""
 
+HOST_GONE = 3
+"""The exit code of a PID 1 whose host went away without a word."""
+
 CHUNK = 65_536
 FILE_BYTES = 512
 """What a file costs besides its blocks, so that a million empty ones are something."""
@@ -103,10 +106,12 @@ class Command:
             self.total = write_tail(self.tail, self.total, data)
 
     def kill(self) -> None:
-        try:
-            os.killpg(self.pid, 9)
-        except ProcessLookupError:
-            pass
+        for kill in (os.killpg, os.kill):  # the first fails as long as it has no group of its own yet
+            try:
+                kill(self.pid, 9)
+            except ProcessLookupError:
+                continue
+            return
 
 
 class Supervisor:
@@ -145,7 +150,7 @@ class Supervisor:
         """One request: a marshalled dict, with the fds that it names."""
         message, fds = receive(self.control)
         if not message:
-            os._exit(0)  # the host is gone; so is every process here
+            os._exit(HOST_GONE)  # and so is every process here
         asked = marshal.loads(message)
         given = dict(zip(asked["fds"], fds, strict=True))
         if "body" in given:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import anyio
 import attrs
 import pytest
+from requirements import missing
 
 import orchestrator.tasks
 from orchestrator.config import RolloutConfig
@@ -55,9 +55,7 @@ def require_agent(monkeypatch):
         try:
             await ensure_installed(default_registry().resolve(agent))
         except ConfigError as error:
-            if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(","):
-                pytest.fail(f"{error}")
-            pytest.skip(f"{error}")
+            missing("agents", f"{error}")
 
     return require
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+from requirements import missing
 
 import orchestrator.tasks
 from orchestrator.capture import read_trajectory
@@ -220,8 +220,7 @@ OTHERS = [
 def require_litellm():
     """Skip where the extra is not installed; fail when `ROLLOUT_REQUIRE` asks for agents. Never imports it."""
     if importlib.util.find_spec("litellm") is None:
-        say = pytest.fail if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(",") else pytest.skip
-        say("the litellm extra is not installed")
+        missing("agents", "the litellm extra is not installed")
 
 
 @pytest.mark.agents

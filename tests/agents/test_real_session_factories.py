@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import traceback
 from pathlib import Path
 
 import anyio
 import pytest
+from requirements import missing
 
 import orchestrator.agents.factories.mini_swe_agent as mini
 import orchestrator.tasks
@@ -33,8 +33,7 @@ EXTRAS = {"pydantic-ai": "pydantic_ai", "mini-swe-agent": "minisweagent"}
 def require_extra(agent):
     """Skip where an agent's extra is not installed, fail where `ROLLOUT_REQUIRE` asks for agents. Imports nothing."""
     if agent in EXTRAS and importlib.util.find_spec(EXTRAS[agent]) is None:
-        say = pytest.fail if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(",") else pytest.skip
-        say(f"the extra {agent} is not installed")
+        missing("agents", f"the extra {agent} is not installed")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import anyio
 import attrs
 import pytest
 from aiohttp import web
+from requirements import missing
 
 from orchestrator.agents.factories import common, mini_swe_agent, omnigent, pydantic_ai
 from orchestrator.gateway.scripted import Always, Fail, Hang, Refuse, Say, ScriptedUpstream, Shell, ShellScript, Steps
@@ -41,8 +42,7 @@ both = pytest.mark.parametrize("agent", BUILDS)
 def require_extra(agent):
     """Skip where an agent's extra is not installed, fail where `ROLLOUT_REQUIRE` asks for agents. Imports nothing."""
     if importlib.util.find_spec(EXTRAS[agent]) is None:
-        say = pytest.fail if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(",") else pytest.skip
-        say(f"the extra {agent} is not installed")
+        missing("agents", f"the extra {agent} is not installed")
 
 
 @attrs.define(eq=False)

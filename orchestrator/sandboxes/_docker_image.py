@@ -1,0 +1,368 @@
+"""The image that a docker sandbox runs: prebuilt, or built once from a task's Dockerfile however many rollouts want it.
+
+A build has a tag that says what it was built from, `rollout-orchestrator/<folder>:<hash of Dockerfile and context>`, so
+that the next rollout, here or in another process, finds it. Tags are never removed by us: a rollout may be using them.
+An image map lets a local image stand for one that cannot be had; what was mapped, and that something was built, goes
+to `note`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Final
+
+import anyio
+import anyio.to_thread
+import attrs
+
+from orchestrator.install import cache_root, locked
+from orchestrator.sandboxes._docker_engine import Engine, EngineError, docker_config
+from states.errors import ConfigError, SandboxError
+
+DOCKERFILE: Final = "Dockerfile"
+REPOSITORY: Final = "rollout-orchestrator"
+TAIL_LINES: Final = 25
+"""How much of a build's log goes into an error."""
+
+_FROM = re.compile(r"^(\s*FROM\s+(?:--\S+\s+)*)(\S+)(.*)$", re.IGNORECASE)
+_STAGE = re.compile(r"\s+AS\s+(\S+)\s*$", re.IGNORECASE)
+_ARG = re.compile(r"^\s*ARG\s+([A-Za-z_]\w*)=(\S*)\s*$", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
+Note = Callable[[str], None]
+
+
+@attrs.frozen
+class Image:
+    """What the engine knows of an image: what its commands see, and what it starts."""
+
+    id: str
+    env: Mapping[str, str]
+    entrypoint: tuple[str, ...]
+    user: str
+    workdir: str
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Image:
+        """From the engine's own words."""
+        config = found.get("Config") or {}
+        return cls(
+            id=found["Id"],
+            env=dict(pair.split("=", 1) for pair in config.get("Env") or () if "=" in pair),
+            entrypoint=tuple(config.get("Entrypoint") or ()),
+            user=config.get("User") or "",
+            workdir=config.get("WorkingDir") or "/",
+        )
+
+
+async def find_image(
+    engine: Engine, *, image: str | None, build: Path | None, image_map: Mapping[str, str], note: Note
+) -> Image:
+    """The image to run; pulled or built where it is not there.
+
+    Args:
+        engine: Where it has to be.
+        image: A prebuilt one; wins over `build`.
+        build: A folder with a Dockerfile.
+        image_map: Images that stand for others, by the name of these.
+        note: Is told what was mapped and what was built.
+
+    Raises:
+        SandboxError: It cannot be had; with the engine's words, and the end of the build's log.
+        ConfigError: Neither image nor build was given.
+    """
+    if image is not None:
+        return await _pulled(engine, mapped(image, image_map, note))
+    if build is None:
+        raise ConfigError("a docker sandbox needs an image: the task brings no Dockerfile and names none; give --image")
+    recipe = await anyio.to_thread.run_sync(read_build, build, image_map, note)
+    found = await _inspected(engine, recipe.tag)
+    return found or await _built(engine, recipe, note)
+
+
+def mapped(image: str, image_map: Mapping[str, str], note: Note) -> str:
+    """The image that is to be used for `image`; `note` is told when that is another one.
+
+    >>> mapped("docker.io/library/debian", {"debian:latest": "mine"}, print)
+    the local image mine stands for docker.io/library/debian (image map)
+    'mine'
+    """
+    for name, local in image_map.items():
+        if canonical(name) == canonical(image):
+            note(f"the local image {local} stands for {image} (image map)")
+            return local
+    return image
+
+
+def canonical(image: str) -> str:
+    """One of the names of an image: without the registry that is meant anyway, with its tag.
+
+    >>> canonical("docker.io/library/debian"), canonical("ghcr.io/a/b@sha256:1")
+    ('debian:latest', 'ghcr.io/a/b@sha256:1')
+    """
+    for prefix in ("docker.io/", "index.docker.io/", "library/"):
+        image = image.removeprefix(prefix)
+    return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
+
+
+async def _inspected(engine: Engine, name: str) -> Image | None:
+    try:
+        with engine.says(f"image {name}") as docker:
+            return Image.of(await docker.images.inspect(name))
+    except EngineError as exc:
+        if exc.status == 404:
+            return None
+        raise
+
+
+async def _pulled(engine: Engine, name: str) -> Image:
+    if found := await _inspected(engine, name):
+        return found
+    advice = f"load or build it, or give one that is here: --image-map {name}=LOCAL"
+    try:
+        with engine.says(f"image {name} is not here and cannot be pulled") as docker:
+            login = await registry_login(name)
+            await docker.images.pull(f"{registry_of(name)}/{_path_of(name)}" if login else name, auth=login)
+    except EngineError as exc:
+        raise EngineError(f"{exc}; {advice}", status=exc.status) from exc
+    found = await _inspected(engine, name)
+    if found is None:
+        raise SandboxError(f"image {name} was pulled and is not there; {advice}")
+    return found
+
+
+# --- registries ---
+
+
+def registry_of(image: str) -> str:
+    """The host that an image comes from.
+
+    >>> registry_of("debian"), registry_of("me/debian"), registry_of("ghcr.io/me/debian"), registry_of("localhost/x")
+    ('docker.io', 'docker.io', 'ghcr.io', 'localhost')
+    """
+    host, slash, _ = image.partition("/")
+    return host if slash and (host == "localhost" or "." in host or ":" in host) else "docker.io"
+
+
+def _path_of(image: str) -> str:
+    path = image.removeprefix(f"{registry_of(image)}/")
+    return f"library/{path}" if registry_of(image) == "docker.io" and "/" not in path else path
+
+
+async def registry_login(image: str) -> dict[str, str] | None:
+    """What `docker login` left for the registry of `image`: in `config.json`, or with a credential helper.
+
+    Raises:
+        ConfigError: The helper that the settings name fails.
+    """
+    config, host = docker_config(), registry_of(image)
+    names = (host, f"https://{host}", *(("https://index.docker.io/v1/",) if host == "docker.io" else ()))
+    helper = next((h for name in names if (h := (config.get("credHelpers") or {}).get(name))), config.get("credsStore"))
+    for name in names:
+        entry = (config.get("auths") or {}).get(name) or {}
+        if helper and (name in (config.get("auths") or {}) or config.get("credHelpers")):
+            return await _helped(helper, name)
+        if "auth" in entry:
+            user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
+            return {"username": user, "password": password, "serveraddress": name}
+    return None
+
+
+async def _helped(helper: str, name: str) -> dict[str, str]:
+    command = [f"docker-credential-{helper}", "get"]
+    try:
+        done = await anyio.run_process(command, input=name.encode(), check=False)
+        found = json.loads(done.stdout)
+        return {"username": found["Username"], "password": found["Secret"], "serveraddress": name}
+    except (OSError, ValueError, LookupError) as exc:
+        raise ConfigError(f"`{' '.join(command)}` gives no credentials for {name}: {exc}") from exc
+
+
+# --- builds ---
+
+
+@attrs.frozen
+class Build:
+    """A build, read: its Dockerfile with images mapped, the files of its context, and the tag that says all that."""
+
+    folder: Path
+    dockerfile: str
+    bases: tuple[str, ...]
+    """The images that it starts from, as mapped."""
+    files: tuple[Path, ...]
+    tag: str
+
+    @property
+    def log(self) -> Path:
+        """Where the engine's words are kept."""
+        return cache_root() / "builds" / f"{self.tag.rpartition('/')[2].replace(':', '-')}.log"
+
+
+def read_build(folder: Path, image_map: Mapping[str, str], note: Note) -> Build:
+    """Read a folder with a Dockerfile. Blocks. Raises `SandboxError` where it cannot be read."""
+    try:
+        text = (folder / DOCKERFILE).read_text(encoding="utf-8")
+        files = tuple(_context(folder))
+        dockerfile, bases = map_bases(text, image_map, note)
+        digest = hashlib.sha256(dockerfile.encode())
+        for path in files:
+            digest.update(f"\n{path.relative_to(folder).as_posix()} {path.lstat().st_mode & 0o170100:o} ".encode())
+            digest.update(str(path.readlink()).encode() if path.is_symlink() else _file_digest(path))
+    except OSError as exc:
+        raise SandboxError(f"the image of {folder} cannot be built: {exc}") from exc
+    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().parent.name.lower()).strip("-") or "task"
+    return Build(folder, dockerfile, bases, files, f"{REPOSITORY}/{name}:{digest.hexdigest()[:16]}")
+
+
+def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str, tuple[str, ...]]:
+    """A Dockerfile with the images of its FROM lines mapped, and these images.
+
+    >>> map_bases("FROM debian:12 AS base", {"debian:12": "mine"}, lambda said: None)
+    ('FROM mine AS base', ('mine',))
+    """
+    arguments: dict[str, str] = {}
+    stages: set[str] = {"scratch"}
+    bases: list[str] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if found := _ARG.match(line):
+            arguments.setdefault(found[1], found[2].strip("\"'"))
+        if not (found := _FROM.match(line)):
+            continue
+        image = _VARIABLE.sub(lambda name: arguments.get(name[1], name[0]), found[2])
+        if image not in stages:
+            bases.append(mapped(image, image_map, note))
+            lines[number] = f"{found[1]}{bases[-1] if bases[-1] != image else found[2]}{found[3]}"
+        if alias := _STAGE.search(found[3]):
+            stages.add(alias[1])
+    return "\n".join(lines), tuple(dict.fromkeys(bases))
+
+
+def _file_digest(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _context(folder: Path) -> Iterator[Path]:
+    """What is sent to the engine, in an order that does not change: all but what `.dockerignore` names."""
+    ignored = _Ignored.read(folder / ".dockerignore")
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder).as_posix()
+        if relative != DOCKERFILE and not ignored.matches(relative) and not _is_odd(path):
+            yield path
+
+
+def _is_odd(path: Path) -> bool:
+    return not (path.is_symlink() or path.is_dir() or path.is_file())
+
+
+@attrs.frozen
+class _Ignored:
+    """The patterns of a `.dockerignore`: the last that matches a path, or a folder above it, decides.
+
+    https://docs.docker.com/build/concepts/context/#dockerignore-files
+    """
+
+    patterns: tuple[tuple[re.Pattern[str], bool], ...] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> _Ignored:
+        if not file.is_file():
+            return cls()
+        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        return cls(tuple(cls._pattern(line) for line in lines if line and not line.startswith("#")))
+
+    @staticmethod
+    def _pattern(line: str) -> tuple[re.Pattern[str], bool]:
+        keeps = line.startswith("!")
+        parts = re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", line.removeprefix("!").strip().strip("/").removeprefix("./"))
+        words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        body = "".join(words.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
+        return re.compile(f"{body}(?:/.*)?"), keeps
+
+    def matches(self, path: str) -> bool:
+        ignored = False
+        for pattern, keeps in self.patterns:
+            if pattern.fullmatch(path):
+                ignored = not keeps
+        return ignored
+
+
+async def _built(engine: Engine, build: Build, note: Note) -> Image:
+    """Build it, while others that want the same wait."""
+    build.log.parent.mkdir(parents=True, exist_ok=True)
+    waits = f"waiting: the image {build.tag} is being built by another rollout; log: {build.log}"
+    async with locked(build.log.with_suffix(".lock"), lambda: note(waits)):
+        if found := await _inspected(engine, build.tag):
+            return found
+        began = time.monotonic()
+        for base in build.bases:
+            await _pulled(engine, base)
+        note(f"building the image {build.tag}; log: {build.log}")
+        await _run(engine, build)
+        found = await _inspected(engine, build.tag)
+        if found is None:
+            raise SandboxError(f"the image of {build.folder} was not built: its engine stopped early; log: {build.log}")
+        note(f"built the image {build.tag} in {time.monotonic() - began:.1f} s")
+        return found
+
+
+async def _run(engine: Engine, build: Build) -> None:
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    context = await anyio.to_thread.run_sync(_packed, build)
+    with context, build.log.open("w", encoding="utf-8") as log:
+
+        def say(text: str) -> None:
+            log.write(text)
+            log.flush()
+            tail.extend(text.splitlines())
+
+        try:
+            with engine.says(f"the image of {build.folder} cannot be built") as docker:
+                lines = docker.images.build(
+                    fileobj=context, encoding="identity", tag=build.tag, rm=True, forcerm=True, stream=True
+                )
+                async for line in lines:
+                    say(line.get("stream") or (f"{line['status']}\n" if line.get("status") else ""))
+        except EngineError as exc:
+            say(f"\n{exc}\n")
+            quoted = "\n  ".join(line for line in list(tail)[:-1] if line.strip())
+            raise EngineError(f"{exc}; log: {build.log}\n  {quoted}", status=exc.status) from exc
+
+
+def _packed(build: Build) -> IO[bytes]:
+    """The context as a tar, in memory while it is small: owned by root and without times, as the cache wants it."""
+    file = tempfile.SpooledTemporaryFile(max_size=16 << 20)  # noqa: SIM115 - the caller closes it
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        _add(tar, tarfile.TarInfo(DOCKERFILE), build.dockerfile.encode())
+        for path in build.files:
+            info = tar.gettarinfo(path, path.relative_to(build.folder).as_posix())
+            if info.isfile():
+                with path.open("rb") as content:
+                    _plain(tar, info, content)
+            else:
+                _plain(tar, info, None)
+    file.seek(0)
+    return file
+
+
+def _add(tar: tarfile.TarFile, info: tarfile.TarInfo, data: bytes) -> None:
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _plain(tar: tarfile.TarFile, info: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+    info.uid = info.gid = info.mtime = 0
+    info.uname = info.gname = ""
+    tar.addfile(info, content)

@@ -1,0 +1,173 @@
+"""Base images for tests, made on this machine: no registry is asked.
+
+`DEBIAN` is a Debian root by debootstrap, kept as a tar in the cache. `BARE` is a busybox and a `flock`: no Python, no C
+library of the image's own. `python tests/docker_images.py` makes both.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from orchestrator.install import cache_root
+from states.errors import ConfigError, SandboxError
+
+DEBIAN = "rollout-tests/debian:bookworm"
+BARE = "rollout-tests/bare:1"
+SUITE = "bookworm"
+PACKAGES = "python3,ca-certificates"
+
+
+class NoEngine(Exception):
+    """There is no engine, or nothing to make an image from. The message says what to do."""
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self.path)
+
+
+def ask(method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    """One request to the engine, without a client: what tests look at, and what they make bare."""
+    connection = _Connection(engine_path())
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    kind = "application/json" if isinstance(body, dict) else "application/x-tar"
+    try:
+        connection.request(method, path, body=data, headers={"Content-Type": kind})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def engine_path() -> str:
+    """The socket of the engine that answers. Raises `NoEngine`."""
+    try:
+        from orchestrator.sandboxes._docker_engine import engine_url
+    except ImportError as error:
+        raise NoEngine(f"the docker extra is not installed: {error}") from error
+    try:
+        return engine_url().removeprefix("unix://")
+    except (ConfigError, SandboxError) as error:
+        raise NoEngine(str(error)) from error
+
+
+def require_engine() -> None:
+    """Raises `NoEngine` unless one answers."""
+    try:
+        status, said = ask("GET", "/_ping")
+    except OSError as error:
+        raise NoEngine(f"no Docker engine answers at {engine_path()}: {error}") from error
+    if status != 200:
+        raise NoEngine(f"the Docker engine at {engine_path()} says {status}: {said[:200]!r}")
+
+
+def make(name: str) -> str:
+    """The image `DEBIAN` or `BARE`, imported into the engine where it is not there yet. Raises `NoEngine`."""
+    require_engine()
+    with _locked(name):
+        if ask("GET", f"/images/{name}/json")[0] == 200:
+            return name
+        source = _debian() if name == DEBIAN else _bare()
+        repo, _, tag = name.rpartition(":")
+        with source:
+            status, said = ask("POST", f"/images/create?fromSrc=-&repo={quote(repo)}&tag={tag}", source)
+        if status != 200 or b'"error"' in said:
+            raise NoEngine(f"the engine takes no image {name}: {said[-300:]!r}")
+    return name
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    place = cache_root() / "test-images"
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / f"{name.replace('/', '-')}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _debian() -> io.BufferedIOBase:
+    """A Debian root as a tar, made once."""
+    kept = cache_root() / "test-images" / f"{SUITE}-{PACKAGES.replace(',', '-')}.tar"
+    if not kept.is_file():
+        if shutil.which("debootstrap") is None or os.geteuid() != 0:
+            raise NoEngine("the base image is made by debootstrap, as root: apt-get install debootstrap")
+        with tempfile.TemporaryDirectory() as folder:
+            root, draft = Path(folder, "root"), kept.with_suffix(".draft")
+            command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(root)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NoEngine(f"debootstrap failed: {done.stdout[-500:]} {done.stderr[-500:]}")
+            shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
+            shutil.rmtree(root / "var/lib/apt/lists", ignore_errors=True)
+            subprocess.run(["tar", "-C", str(root), "-cf", str(draft), "."], check=True)
+            draft.rename(kept)
+    return kept.open("rb")
+
+
+def _bare() -> io.BytesIO:
+    """Busybox under all its names, and `flock`, which Debian's has not, with the libraries that it wants."""
+    busybox, flock = shutil.which("busybox"), shutil.which("flock")
+    if busybox is None or flock is None or b"statically" not in _said("file", "-L", busybox):
+        raise NoEngine("the bare image is made from a static busybox: apt-get install busybox-static")
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for folder in ("bin", "usr", "etc", "root", "tmp"):
+            _entry(tar, folder, tarfile.DIRTYPE, mode=0o1777 if folder == "tmp" else 0o755)
+        _entry(tar, "usr/bin", tarfile.SYMTYPE, link="../bin")
+        tar.add(busybox, "bin/busybox", recursive=False, filter=_dereferenced)
+        for name in _said(busybox, "--list").decode().split():
+            if name != "busybox":
+                _entry(tar, f"bin/{name}", tarfile.SYMTYPE, link="busybox")
+        for path in {flock, *_libraries(flock)}:
+            where = "bin/flock" if path == flock else path.lstrip("/")
+            data = Path(path).read_bytes()
+            _entry(tar, where, tarfile.REGTYPE, data=data, mode=0o755)
+    made.seek(0)
+    return made
+
+
+def _libraries(program: str) -> list[str]:
+    return [word for word in _said("ldd", program).decode().split() if word.startswith("/")]
+
+
+def _entry(
+    tar: tarfile.TarFile, name: str, kind: bytes, *, data: bytes = b"", link: str = "", mode: int = 0o755
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.mode, info.size = kind, link, mode, len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _dereferenced(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.mode, info.uid, info.gid = 0o755, 0, 0
+    return info
+
+
+def _said(*command: str) -> bytes:
+    return subprocess.run(command, capture_output=True, check=False).stdout
+
+
+if __name__ == "__main__":
+    for image in (DEBIAN, BARE):
+        sys.stdout.write(f"{make(image)}\n")

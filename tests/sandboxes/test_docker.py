@@ -1,0 +1,586 @@
+"""The docker sandbox, against a real engine: what it is made of, what an agent in it cannot do, what it leaves."""
+
+# What is imported below needs what is asked for first.
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import anyio
+import attrs
+import pytest
+import requirements
+from docker_images import BARE, DEBIAN, ask
+
+requirements.module("aiodocker", "docker")
+
+from orchestrator.conformance import CLAUSE_SEC, SANDBOX_CLAUSES
+from orchestrator.sandboxes import SandboxSpec, make_sandbox
+from orchestrator.sandboxes.docker import LABEL, DockerSandbox, GatewayReach, Limits, reap, sweep
+from orchestrator.world import owner, started_at
+from states.errors import ConfigError, QuietError, SandboxError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.docker]
+
+
+@pytest.fixture
+def anyio_backend():
+    """The engine's client is asyncio only."""
+    return "asyncio"
+
+
+def containers(**labels: str) -> list[dict]:
+    """What the engine has of ours with these labels."""
+    wanted = json.dumps({"label": [f"{LABEL}{key}={value}" for key, value in labels.items()]})
+    return json.loads(ask("GET", f"/containers/json?all=1&filters={wanted.replace(' ', '')}")[1])
+
+
+@pytest.fixture
+async def box(docker_image, tmp_path):
+    """`box(...)`: a sandbox of the Debian image, which is stopped in the end; none of them leaves anything."""
+    image = docker_image()
+    run = f"{tmp_path.parent.name}-{tmp_path.name}-{os.getpid()}"
+    made: list[DockerSandbox] = []
+    numbers = itertools.count()
+
+    def make(**settings) -> DockerSandbox:
+        base = {"image": image, "labels": {"test": run}} if "build" not in settings else {"labels": {"test": run}}
+        number = next(numbers)
+        sandbox = DockerSandbox(name=f"{run}-{number}", root=tmp_path / f"root-{number}", **{**base, **settings})
+        made.append(sandbox)
+        return sandbox
+
+    yield make
+    for sandbox in made:
+        await sandbox.stop()
+        assert not sandbox.root.exists()
+    assert containers(test=run) == []
+
+
+@pytest.fixture
+async def up(box):
+    """The same, to be awaited: started, with a handle of an agent."""
+
+    async def make(**settings):
+        sandbox = box(**settings)
+        await sandbox.start()
+        handle = sandbox.handle("solver")
+        await handle.open()
+        return sandbox, handle
+
+    return make
+
+
+async def said(handle, command, **how) -> str:
+    """What a command prints; it has to succeed."""
+    result = await handle.exec(command, timeout_sec=60, **how)
+    assert result.return_code == 0, result
+    return result.stdout
+
+
+# --- the contract --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clause", SANDBOX_CLAUSES, ids=str)
+async def test_docker_sandbox_conforms(box, clause):
+    """The clause holds for a container of an ordinary image."""
+    with anyio.fail_after(CLAUSE_SEC):
+        await clause.check(box)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clause", SANDBOX_CLAUSES, ids=str)
+async def test_docker_sandbox_conforms_without_anything_in_the_image(box, docker_image, clause):
+    """It holds for an image with a static busybox and no Python too."""
+    image = docker_image(BARE)
+    with anyio.fail_after(CLAUSE_SEC):
+        await clause.check(lambda: box(image=image))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clause", SANDBOX_CLAUSES, ids=str)
+async def test_docker_sandbox_conforms_with_agents_that_are_root(box, clause):
+    """Root shares its HOME with whoever is root, which is asked for; all else holds."""
+    if clause.name in {"home_and_tmp_are_private", "processes_have_private_homes"}:
+        pytest.skip("root's HOME is the image's own")
+    with anyio.fail_after(CLAUSE_SEC):
+        await clause.check(lambda: box(user="root"))
+
+
+async def test_a_rollout_costs_six_requests_whatever_it_does(box, tmp_path):
+    """The engine is asked for its version, the image, and to make, start, watch and remove a container."""
+    calls = []
+    for much in (1, 20):
+        sandbox = box()
+        await sandbox.start()
+        for number in range(much):
+            handle = sandbox.handle(f"role-{number}")
+            await handle.open()
+            await handle.write_file("/app/file", b"x")
+            await handle.exec("cat file")
+            await handle.end()
+            await sandbox.upload(Path(__file__), "/app/uploaded")
+            await sandbox.download("/app", tmp_path / "app")
+        await sandbox.stop()
+        calls.append(sandbox.engine_calls)
+    assert calls == [6, 6]
+
+
+def test_it_says_that_it_needs_asyncio(docker_image):
+    """On trio it is a mistake that says so, before anything is asked."""
+    sandbox = DockerSandbox(name="never", image=docker_image())
+    with pytest.raises(ConfigError, match="needs asyncio"):
+        anyio.run(sandbox.start, backend="trio")
+    assert not sandbox.root.exists()
+
+
+def test_it_is_made_from_what_a_config_asks_for(tmp_path):
+    """Options, limits, binds and labels arrive; without an image there is nothing to run."""
+    spec = SandboxSpec(
+        "docker",
+        "r1",
+        image="debian",
+        cpus=1.5,
+        memory_mb=64,
+        gateway_port=4000,
+        gateway_socket=tmp_path / "s",
+        binds=("/opt/x",),
+        labels={"rollout": "r1"},
+        options={"engine": "unix:///nowhere", "user": "root"},
+    )
+    sandbox = make_sandbox(spec)
+    assert isinstance(sandbox, DockerSandbox)
+    assert (sandbox.engine, sandbox.user, sandbox.labels) == ("unix:///nowhere", "root", {"rollout": "r1"})
+    assert sandbox.limits == Limits(cpus=1.5, memory_mb=64)
+    assert sandbox.binds == ((Path("/opt/x"), "/opt/x"),)
+    assert sandbox.gateway_url == "http://127.0.0.1:4000"
+    with pytest.raises(ConfigError, match="needs an image"):
+        make_sandbox(SandboxSpec("docker", "r2"))
+
+
+# --- what an agent cannot do ---------------------------------------------------------------------------------
+
+ESCAPES = {
+    "a user namespace": "unshare --user true",
+    "a mount namespace": "unshare --mount true",
+    "a mount": "mount -t tmpfs none /mnt",
+    "seeing the tests again": "umount /tests",
+    "the sysctls": "echo 1 > /proc/sys/kernel/core_pattern",
+    "the control socket": "ls /run/rollout/private/host",
+    "another user": "python3 -c 'import os; os.setuid(33)'",
+    "another group": "python3 -c 'import os; os.setgroups([0])'",
+    "the image's system": "echo x > /usr/bin/planted",
+    "a process beside it": "kill -9 2 3 4 5 6 7 8 9",
+}
+ROOT_MAY = {"another user", "another group", "the image's system"}
+
+
+@pytest.mark.parametrize("user", ["agent", "root"])
+async def test_an_agent_stays_where_it_is(up, user):
+    """Neither the agent nor an agent that is root gets out of its namespaces, whatever the container's PID 1 may."""
+    _, handle = await up(user=user)
+    for what, command in ESCAPES.items():
+        got = (await handle.exec(command, timeout_sec=60)).return_code == 0
+        assert got == (user == "root" and what in ROOT_MAY), what
+
+
+async def test_no_set_uid_program_helps_an_agent(up):
+    """A shell that is set-uid root, made by a trusted handle, runs as the agent."""
+    sandbox, handle = await up()
+    ours = sandbox.handle("ours", trusted=True)
+    await ours.open()
+    await said(ours, "cp /bin/dash /usr/bin/rootly; chmod 4755 /usr/bin/rootly")
+    assert await said(handle, "rootly -p -c 'id -u'") == "1000\n"
+
+
+async def test_an_agent_sees_only_its_own_processes(up):
+    """Its /proc holds its own, and its PID 1 can neither be killed nor traced."""
+    sandbox, handle = await up()
+    other = sandbox.handle("other")
+    await other.open()
+    await other.spawn(["sleep", "1234"])
+    assert "1234" not in await said(handle, "cat /proc/[0-9]*/cmdline")
+    await handle.exec("kill -9 1; kill -9 -1")
+    assert await said(handle, "echo alive") == "alive\n"
+    assert (await handle.exec("cat /proc/1/environ; ls /proc/1/fd")).return_code != 0
+
+
+async def test_secrets_are_on_no_command_line(up):
+    """What is handed over as env is neither in the engine's description nor in its list of processes."""
+    sandbox, handle = await up()
+    await handle.spawn(["sleep", "1000"], env={"KEY": "s3cret-value"})
+    for question in (f"/containers/{sandbox.name}/json", f"/containers/{sandbox.name}/top?ps_args=axww"):
+        status, answer = ask("GET", question)
+        assert status == 200
+        assert b"s3cret-value" not in answer
+
+
+async def test_what_an_agent_left_is_dead_and_the_tasks_services_are_not(box, tmp_path):
+    """Ending a role kills its daemons, and neither what the image's ENTRYPOINT started nor what others run."""
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {DEBIAN}\n"
+        "RUN mkdir /srv/state\n"
+        "RUN printf '#!/bin/sh\\nexec 9>/srv/state/lock; flock 9; echo up >/srv/state/up; exec \"$@\"\\n' >/entry\n"
+        'RUN chmod 755 /entry && mkfifo -m 666 /srv/state/wait\nENTRYPOINT ["/entry"]\n'
+    )
+    sandbox = box(build=tmp_path)
+    await sandbox.start()
+    ours = sandbox.handle("ours", trusted=True)
+    await ours.open()
+    await said(ours, "while [ ! -s /srv/state/up ]; do sleep 0.01; done")
+    agent = sandbox.handle("solver")
+    await agent.open()
+    await said(agent, "(setsid sh -c 'exec 8>/app/lock; flock 8; echo >/app/held; exec sleep 100000' &) ")
+    await said(ours, "while [ ! -e /app/held ]; do sleep 0.01; done")
+    evidence = await agent.end()
+    assert "was killed and is gone" in evidence[0]
+    assert "none of" in evidence[1]
+    await said(ours, "flock -n /app/lock true")
+    assert (await ours.exec("flock -n /srv/state/lock true")).return_code != 0
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_image_brings_the_work_and_the_agent_may_change_it(box, tmp_path):
+    """What the Dockerfile put into the task's folder, as root, is the agent's; its ENV is there for everybody."""
+    (tmp_path / "data.txt").write_text("as built")
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {DEBIAN}\nENV FLAVOUR=vanilla LD_PRELOAD=/nowhere.so\nWORKDIR /app/deep\nCOPY data.txt .\n"
+        "COPY data.txt /tmp/seed\n"
+    )
+    sandbox = box(build=tmp_path)
+    await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    assert (
+        await said(handle, "cat deep/data.txt; echo changed > deep/data.txt; printf ' %s' $FLAVOUR")
+        == "as built vanilla"
+    )
+    assert await said(handle, "cat /tmp/seed; echo mine > /tmp/seed") == "as built"
+    other = sandbox.handle("other")
+    await other.open()
+    assert await said(other, "cat /tmp/seed deep/data.txt") == "as builtchanged\n"
+
+
+async def test_an_upload_may_go_anywhere(up, tmp_path):
+    """A folder that the image does not have is made, and the agent's; the system's stay root's."""
+    sandbox, handle = await up()
+    (tmp_path / "table.csv").write_text("1,2\n")
+    await sandbox.upload(tmp_path / "table.csv", "/data/in/table.csv")
+    await sandbox.upload(tmp_path / "table.csv", "/opt/table.csv")
+    assert (
+        await said(handle, "cat /data/in/table.csv; echo 3 >> /data/in/table.csv; cat /opt/table.csv") == "1,2\n1,2\n"
+    )
+    assert (await handle.exec("echo 3 >> /opt/table.csv")).return_code != 0
+
+
+async def test_folders_of_the_host_are_there_at_their_own_paths(up, tmp_path):
+    """Read-only, and also where the image's folder above them is closed to the agent."""
+    (tmp_path / "tool").write_text("#!/bin/sh\necho tool\n")
+    (tmp_path / "tool").chmod(0o755)
+    with pytest.raises(SandboxError, match="only its owner may read it"):
+        await up(binds=((tmp_path, "/root/.cache/tools"),))
+    tmp_path.chmod(0o755)
+    sandbox, handle = await up(binds=((tmp_path, "/root/.cache/tools"), (tmp_path / "tool", "/opt/tool")))
+    assert await said(handle, "/root/.cache/tools/tool; /opt/tool") == "tool\ntool\n"
+    assert (await handle.exec("touch /root/.cache/tools/x")).return_code != 0
+    ours = sandbox.handle("ours", trusted=True)
+    await ours.open()
+    assert await said(ours, "/root/.cache/tools/tool; ls -a /root | grep bashrc") == "tool\n.bashrc\n"
+    assert (await ours.exec("touch /root/.cache/tools/x")).return_code != 0
+
+
+async def test_trusted_commands_may_be_any_user_of_the_image(up):
+    """Root by default, another one where asked for, and a stranger is named."""
+    sandbox, _ = await up()
+    ours = sandbox.handle("ours", trusted=True)
+    await ours.open()
+    assert await said(ours, "id -u") == "0\n"
+    assert await said(ours, "id -un; cat", user="www-data") == "www-data\n"
+    with pytest.raises(SandboxError, match=r"no user.*nobody-knows-me"):
+        await ours.exec("true", user="nobody-knows-me")
+
+
+# --- limits and the network ----------------------------------------------------------------------------------
+
+
+async def test_limits_are_the_engines(up):
+    """Memory, processors and processes are limited, and a fork bomb or a hog ends without harm."""
+    sandbox, handle = await up(limits=Limits(cpus=0.5, memory_mb=96, pids=50))
+    found = json.loads(ask("GET", f"/containers/{sandbox.name}/json")[1])["HostConfig"]
+    assert (found["NanoCpus"], found["Memory"], found["PidsLimit"]) == (500_000_000, 96 << 20, 50)
+    hog = await handle.exec(["python3", "-c", "x = bytearray(300 << 20)"], timeout_sec=60)
+    assert hog.return_code == -9
+    bomb = await handle.exec("for i in $(seq 100); do sleep 1000 & done", timeout_sec=60)
+    assert bomb.return_code != 0
+    await handle.end()
+    again = sandbox.handle("again")
+    await again.open()
+    assert await said(again, "echo well") == "well\n"
+
+
+async def test_what_fills_the_disk_is_ended(up):
+    """A handle whose folders hold more than they may is ended, and says why."""
+    sandbox, handle = await up(limits=Limits(disk_mb=8))
+    assert any(text.startswith("disk:") for text in sandbox.unenforced)
+    with pytest.raises(SandboxError, match="disk limit of 8 MiB"):
+        await handle.exec("head -c 64000000 /dev/urandom > big; sleep 1000", timeout_sec=100)
+
+
+async def test_a_gpu_that_is_not_there_is_refused(box):
+    """With a sentence, before a container is made."""
+    with pytest.raises(SandboxError, match=r"asks for 1 GPU.*none to give"):
+        await box(gpus=1).start()
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """A server on a unix socket that answers every connection with `hello`."""
+    path = tmp_path / "gateway.sock"
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen(10)
+
+    def serve() -> None:
+        while True:
+            try:
+                client, _ = server.accept()
+            except OSError:
+                return
+            with client:
+                client.recv(100)
+                client.sendall(b"hello")
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield GatewayReach(path, 4321)
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+
+
+CALL = """import socket
+s = socket.create_connection(("127.0.0.1", 4321)); s.send(b"hi"); print(s.recv(100).decode())"""
+
+
+@pytest.mark.parametrize("network", ["gateway-only", "bridge"])
+async def test_the_gateway_is_on_loopback(up, gateway, network):
+    """In a network of its own, and on the engine's bridge."""
+    sandbox, handle = await up(gateway=gateway, network=network)
+    assert sandbox.gateway_url == "http://127.0.0.1:4321"
+    for _ in range(3):
+        assert await said(handle, ["python3", "-c", CALL]) == "hello\n"
+
+
+async def test_without_a_network_there_is_not_even_the_gateway(up, gateway):
+    """`none` has loopback, and nobody on it."""
+    sandbox, handle = await up(gateway=gateway, network="none")
+    assert sandbox.gateway_url is None
+    assert "ConnectionRefused" in (await handle.exec(["python3", "-c", CALL])).stderr
+    assert await said(handle, "ls /sys/class/net") == "lo\n"
+
+
+async def test_the_hosts_network_is_the_hosts(up, gateway):
+    """`host` sees the gateway where it listens on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        reach = attrs.evolve(gateway, port=port)
+        sandbox, handle = await up(gateway=reach, network="host")
+        assert sandbox.gateway_url == f"http://127.0.0.1:{port}"
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {port}), 10)"
+        assert await said(handle, ["python3", "-c", connect]) == ""
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_is_not_there_is_named(box, tmp_path):
+    """No socket, a socket of nobody's, and an engine elsewhere each have their sentence."""
+    with pytest.raises(SandboxError, match=r"no engine answers at unix:///nowhere: there is no such socket"):
+        await box(engine="unix:///nowhere").start()
+    dead = tmp_path / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(dead))
+    with pytest.raises(SandboxError, match="nobody listens"):
+        await box(engine=f"unix://{dead}").start()
+    with pytest.raises(ConfigError, match="cannot see this machine's folders"):
+        await box(engine="tcp://127.0.0.1:2375").start()
+
+
+async def test_an_image_that_cannot_be_had_is_named(box):
+    """With the engine's words and what to do about it."""
+    with pytest.raises(SandboxError, match=r"image no-such/image:1 is not here and cannot be pulled.*--image-map"):
+        await box(image="no-such/image:1").start()
+
+
+async def test_a_container_that_dies_takes_its_handles_along(up):
+    """Channels end, use is a `SandboxError`, and the end is proven by what the engine says of the container."""
+    sandbox, handle = await up()
+    channel = await handle.spawn(["cat"])
+    assert ask("POST", f"/containers/{sandbox.name}/kill")[0] == 204
+    assert await channel.wait() == -9
+    with pytest.raises(SandboxError):
+        await handle.exec("true")
+    assert "has ended (exit code 137), and handle solver with it" in (await handle.end())[0]
+
+
+async def test_a_container_that_was_removed_is_gone_too(up):
+    """Whoever removed it: the handles end, `stop` is fine."""
+    sandbox, handle = await up()
+    assert ask("DELETE", f"/containers/{sandbox.name}?force=1")[0] == 204
+    with pytest.raises(SandboxError):
+        await sandbox.upload(Path(__file__), "/app/x")
+    assert "is not there any more" in (await handle.end())[0]
+    await sandbox.stop()
+
+
+async def test_without_container_and_engine_nothing_is_proven(up):
+    """When neither answers, a role's end is not taken on trust."""
+    sandbox, handle = await up()
+    assert ask("POST", f"/containers/{sandbox.name}/kill")[0] == 204
+    url, sandbox._engine.url = sandbox._engine.url, "unix:///nowhere"
+    docker = sandbox._engine._docker
+    sandbox._engine.__attrs_post_init__()
+    with pytest.raises(QuietError, match="neither does the engine"):
+        await handle.end()
+    await sandbox._engine.close()
+    sandbox._engine.url, sandbox._engine._docker, sandbox._engine._session = url, docker, docker.session
+
+
+async def test_a_start_that_is_cancelled_anywhere_leaves_nothing(box, tmp_path):
+    """Whatever the engine was doing: its container is found by our fixture, or rather not."""
+    for seconds in (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5):
+        sandbox = box()
+        with anyio.move_on_after(seconds):
+            await sandbox.start()
+        await sandbox.stop()
+        assert ask("GET", f"/containers/{sandbox.name}/json")[0] == 404
+
+
+# --- builds --------------------------------------------------------------------------------------------------
+
+
+def _context(tmp_path: Path, *lines: str, base: str = DEBIAN, **files: str) -> Path:
+    folder = tmp_path / "environment"
+    folder.mkdir(exist_ok=True)
+    (folder / "Dockerfile").write_text("\n".join([f"FROM {base}", *lines, ""]))
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+async def test_many_who_want_the_same_image_build_it_once(box, tmp_path):
+    """Four at once, then one more: one build; its tag is there as long as anybody may want it."""
+    folder = _context(tmp_path, f"RUN echo {os.urandom(8).hex()} > /built")
+    notes: list[str] = []
+    boxes = [box(build=folder, note=notes.append) for _ in range(4)]
+    async with anyio.create_task_group() as tasks:
+        for sandbox in boxes:
+            tasks.start_soon(sandbox.start)
+    assert len([note for note in notes if note.startswith("built the image")]) == 1
+    tag = next(note.split()[3] for note in notes if note.startswith("built the image"))
+    await boxes[0].stop()
+    assert ask("GET", f"/images/{tag}/json")[0] == 200
+    notes.clear()
+    await box(build=folder, note=notes.append).start()
+    assert notes == []
+    (folder / "extra").write_text("another context is another image")
+    await box(build=folder, note=notes.append).start()
+    assert [note.split()[0] for note in notes] == ["building", "built"]
+
+
+async def test_a_base_image_is_mapped_and_the_result_says_so(box, tmp_path):
+    """FROM names what cannot be had; the map gives what is here, in builds and for prebuilt images."""
+    folder = _context(tmp_path, "RUN true", base="registry.invalid/base:1 AS first")
+    notes: list[str] = []
+    images = {"registry.invalid/base:1": DEBIAN}
+    await box(build=folder, image_map=images, note=notes.append).start()
+    assert f"the local image {DEBIAN} stands for registry.invalid/base:1 (image map)" in notes
+    await box(image="registry.invalid/base:1", image_map=images).start()
+    with pytest.raises(SandboxError, match=r"image registry.invalid/base:1 is not here and cannot be pulled"):
+        await box(build=folder).start()
+
+
+async def test_a_dockerfile_that_fails_says_where(box, tmp_path):
+    """The engine's words, the end of the log, and where the whole of it is."""
+    folder = _context(tmp_path, "RUN echo the last words >&2; exit 3")
+    with pytest.raises(SandboxError) as caught:
+        await box(build=folder).start()
+    text = str(caught.value)
+    assert "cannot be built" in text
+    assert "the last words" in text
+    log = text.partition("log: ")[2].splitlines()[0]
+    assert "the last words" in Path(log).read_text()  # noqa: ASYNC240 - a few lines
+
+
+async def test_what_is_ignored_is_neither_sent_nor_hashed(box, tmp_path):
+    """`.dockerignore` holds, with its exceptions; odd files do not stop a build."""
+    folder = _context(tmp_path, "COPY . /context/", keep="kept", secret="no")
+    (folder / ".dockerignore").write_text("# notes\nsecret\n**/*.log\n!important.log\nlogs/\n")
+    for name in ("a.log", "important.log"):
+        (folder / name).write_text("log")
+    (folder / "logs").mkdir()
+    (folder / "logs/x").write_text("log")
+    os.mkfifo(folder / "pipe")
+    sandbox = box(build=folder)
+    await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    listed = (await said(handle, "cd /context && find . -type f | sort")).split()
+    assert listed == ["./.dockerignore", "./Dockerfile", "./important.log", "./keep"]
+
+
+# --- what the dead leave -------------------------------------------------------------------------------------
+
+
+async def test_a_sandbox_is_reaped_by_its_handle_and_by_its_intended_name(box, docker_image):
+    """Both ways remove container and folder; again is nothing; a stranger's container of that name is left alone."""
+    first, second = box(), box()
+    handle = await first.start()
+    await second.start()
+    await reap(handle)
+    await reap(handle)
+    await reap({"kind": "docker", "name": second.name, "root": str(second.root)})
+    assert [ask("GET", f"/containers/{one.name}/json")[0] for one in (first, second)] == [404, 404]
+    assert not first.root.exists()
+    name = f"stranger-{os.getpid()}"
+    assert ask("POST", f"/containers/create?name={name}", {"Image": docker_image(), "Cmd": ["true"]})[0] == 201
+    try:
+        with pytest.raises(SandboxError, match="not one of ours"):
+            await reap({"kind": "docker", "name": name})
+    finally:
+        assert ask("DELETE", f"/containers/{name}")[0] == 204
+
+
+async def test_sweeping_takes_what_the_dead_left_and_nothing_else(box):
+    """By labels: the owner's machine, process and start; the living and other machines are not touched."""
+    mine = {f"owner-{key}": str(value) for key, value in owner().items()}
+    assert mine["owner-started"] == started_at(os.getpid())
+    boxes = {
+        "living": box(labels={"test": "sweep", **mine}),
+        "dead": box(labels={"test": "sweep", **mine, "owner-started": "1"}),
+        "elsewhere": box(labels={"test": "sweep", **mine, "owner-host": "elsewhere", "owner-started": "1"}),
+        "nobody": box(labels={"test": "sweep"}),
+    }
+    for sandbox in boxes.values():
+        await sandbox.start()
+    told = await sweep({})
+    assert any(boxes["dead"].name in text for text in told)
+    left = {name: ask("GET", f"/containers/{sandbox.name}/json")[0] for name, sandbox in boxes.items()}
+    assert left == {"living": 200, "dead": 404, "elsewhere": 200, "nobody": 200}
+
+
+async def test_nothing_runs_on_when_the_orchestrator_is_gone(up):
+    """The container's PID 1 ends when its socket does, and all that was started with it."""
+    sandbox, handle = await up()
+    await handle.exec("setsid sleep 100000 >/dev/null 2>&1 &")
+    sandbox._control.sock.close()  # as the kernel does for a process that was killed
+    status, answer = ask("POST", f"/containers/{sandbox.name}/wait")
+    assert (status, json.loads(answer)["StatusCode"]) == (200, 3)
