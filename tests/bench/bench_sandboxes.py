@@ -12,6 +12,7 @@ import anyio
 
 from orchestrator.sandboxes import _bwrap
 from orchestrator.sandboxes.local import LocalHandle, LocalSandbox
+from states.ports import Sandbox
 
 LOADS = "import sys; sys.path.append('/run/rollout'); import ctypes, supervisor"
 """What PID 1 of a local sandbox's handle loads before it is ready."""
@@ -75,5 +76,37 @@ def command_times_bare(count: int = 60) -> float:
                 ours.append(time.perf_counter() - began)
             await sandbox.stop()
             return statistics.median(ours) / statistics.median(bare)
+
+    return anyio.run(run)
+
+
+async def round_trip_ms(sandbox: Sandbox, count: int = 300) -> float:
+    """Median milliseconds for a line of an ACP message's size to a process of this sandbox and back."""
+    line = b'{"jsonrpc":"2.0","method":"session/update","params":"' + b"x" * 200 + b'"}\n'
+    await sandbox.start()
+    try:
+        handle = sandbox.handle("role")
+        await handle.open()
+        channel = await handle.spawn(["cat"])
+        spent = []
+        for _ in range(count):
+            began = time.perf_counter()
+            await channel.send(line)
+            back = b""
+            while len(back) < len(line):
+                back += await channel.receive()
+            spent.append(time.perf_counter() - began)
+        await handle.end()
+        return statistics.median(spent) * 1000
+    finally:
+        await sandbox.stop()
+
+
+def local_round_trip_ms() -> float:
+    """Over a local channel."""
+
+    async def run() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            return await round_trip_ms(LocalSandbox(name="bench", root=Path(name, "sandbox")))
 
     return anyio.run(run)

@@ -15,6 +15,10 @@ from pathlib import Path
 import attrs
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import docker_images  # noqa: E402 - what tests make their images with, beside this folder
+
 HELP = "import contextlib, sys; sys.argv = ['rollout', '--help']; from orchestrator.cli import main"
 RUN_HELP = f"{HELP}\nwith contextlib.suppress(SystemExit): main()"
 
@@ -57,6 +61,31 @@ def best_of(runs: int, measure: Callable[[], float]) -> float:
     return min(measure() for _ in range(runs))
 
 
+def docker_rows() -> list[Row]:
+    """What Docker costs; nothing where no engine answers, which is said."""
+    try:
+        docker_images.require_engine()
+    except docker_images.NoEngine as why:
+        sys.stderr.write(f"the rows of Docker are left out: {why}\n")
+        return []
+
+    def times_bare(count: int) -> Row:
+        what = f"{count} docker rollout(s) at once, wall, times their engine calls replayed bare"
+        return Row(what, measured(f"times_bare({count})", "bench_docker"), 1.5, "x")
+
+    return [
+        *map(times_bare, (1, 8, 32)),
+        Row("a further docker rollout among 32, CPU", measured("cpu_of_a_further_one()", "bench_docker"), 0.06, "s"),
+        Row("engine calls of a docker rollout", measured("calls_of_one()", "bench_docker"), 6, ""),
+        Row(
+            "an ACP line there and back over a docker channel, median",
+            measured("docker_round_trip_ms()", "bench_docker"),
+            1,
+            "ms",
+        ),
+    ]
+
+
 def rows() -> list[Row]:
     """Measure everything."""
     sdk, ours = measured("sdk_client()", "bench_acp"), measured("read_and_typed()", "bench_acp")
@@ -93,6 +122,13 @@ def rows() -> list[Row]:
             best_of(3, lambda: measured("command_times_bare()", "bench_sandboxes")),
             1.5,
             "x",
+        ),
+        *docker_rows(),
+        Row(
+            "an ACP line there and back over a local channel, median",
+            measured("local_round_trip_ms()", "bench_sandboxes"),
+            1,
+            "ms",
         ),
         Row("`rollout --help`, CPU above a bare interpreter", measured(f"start_cpu({RUN_HELP!r})"), 0.25, "s"),
         Row("`import orchestrator`, CPU above it", measured("start_cpu('import orchestrator')"), 0.15, "s"),
