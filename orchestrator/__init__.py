@@ -7,7 +7,8 @@
 Importing this opens no file, starts no thread and touches no logger, signal handler, environment variable or loop.
 """
 
-from orchestrator.config import Budgets, DirectorRole, Role, RolloutConfig, Scene, Turn
+from orchestrator.budgets import Budgets
+from orchestrator.config import DirectorRole, Role, RolloutConfig, Scene, Turn
 from orchestrator.registry import AgentConfig, Registry, register_agent
 from orchestrator.result import RolloutResult, TrackedUsage, Verdict
 from orchestrator.rollout import Rollout, run_sync

@@ -42,6 +42,7 @@ class TurnSegment:
     _tool_calls: int = 0
     _started: int = 0
     _last: float = -math.inf
+    _began: float = math.nan
     _seals: list[Mapping[str, Any]] = attrs.field(factory=list)
     _held: dict[int, str] = attrs.field(factory=dict)
 
@@ -56,12 +57,18 @@ class TurnSegment:
         return self._tool_calls
 
     @property
+    def seconds(self) -> float:
+        """How long ago it was opened; 0 where another process opened it."""
+        return 0.0 if math.isnan(self._began) else round(self._clock() - self._began, 6)
+
+    @property
     def sealed(self) -> Mapping[str, Any] | None:
         """What it was sealed with; None while it is open."""
         return self._seals[0] if self._seals else None
 
     def opened(self, text: str, **about: Any) -> None:
         """Begin: who is prompted in which session, and the prompt as the first step."""
+        self._began = self._clock()
         self._write({"opened": about})
         self.started({"type": "user_message", "text": text})
 

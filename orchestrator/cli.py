@@ -151,7 +151,11 @@ def cli() -> None:
 @click.option("--idle-timeout", type=float, metavar="S", help="Longest silence in a turn.")
 @click.option("--max-tokens", type=int, metavar="N", help="Token budget (metered agents).")
 @click.option("--max-cost", type=float, metavar="USD", help="Cost budget (metered agents, known prices).")
-@click.option("--max-tool-calls", type=int, metavar="N", help="Tool calls in one turn.")
+@click.option("--max-tool-calls", type=int, metavar="N", help="Tool calls of all roles.")
+@click.option("--max-turns", type=int, metavar="N", help="Turns of all roles.")
+@click.option(
+    "--budget", "limits", multiple=True, metavar="ROLE.KIND=N", help="A role's own: coder.tokens=50000; repeatable."
+)
 @click.option("-e", "--env", multiple=True, metavar="K=V", help="For the agent; K alone takes the value set here.")
 @click.option(
     "--usage-tracking",
@@ -250,14 +254,16 @@ def _config(
     upstream_apis: tuple[str, ...],
     upstream_key_env: str | None,
     no_verify: bool,
+    limits: tuple[str, ...],
     **options: Any,
 ) -> RolloutConfig:
     """The library's config of what was asked for; `given` are the options that were. Raises `ConfigError`."""
     import attrs
 
-    from orchestrator.config import Budgets, RolloutConfig
+    from orchestrator.budgets import Budgets
+    from orchestrator.config import RolloutConfig
 
-    budgets = {name: options.pop(f"max_{name}") for name in ("tokens", "cost", "tool_calls")}
+    budgets = {name: options.pop(f"max_{name}") for name in ("tokens", "cost", "tool_calls", "turns")}
     variables = _variables(env)
     asked = {
         "task": _task(task),
@@ -274,8 +280,12 @@ def _config(
     config = {**asked, **written}
     config["env"] = {**file.get("env", {}), **variables}
     spent = {name: limit for name, limit in budgets.items() if limit is not None}
+    if "timeout" in given:
+        spent["wall_sec"] = None  # its short word wins over the file's
     config["budgets"] = attrs.evolve(file.get("budgets", Budgets()), **spent)
     config |= _cast(config, agent, model, roles)
+    if limits:
+        config |= _budgeted(config, limits)
     config["upstream"] = _upstream(model, upstream_url, upstream_apis, upstream_key_env)
     if config.get("policy") == "ask" and sys.stdin.isatty():
         from orchestrator.questions import ask_on_terminal
@@ -306,6 +316,35 @@ def _players(given: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--role {one}: {again}")
         players[name] = agent
     return players
+
+
+def _budgeted(config: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """Scene and director with these budgets, `ROLE.KIND=N`, for their roles, over those that they have."""
+    import attrs
+
+    from orchestrator.budgets import Budgets
+    from orchestrator.config import DirectorRole
+
+    scene, led = config.get("scene"), config.get("director")
+    if scene is None:
+        raise ConfigError(f"--budget {given[0]}: it is a role's; without roles give --max-tokens and the like")
+    director = led.role if isinstance(led, DirectorRole) else None
+    budgets = {role.name: role.budgets for role in (*scene.roles, *([director] if director else []))}
+    for one in given:
+        who, _, limit = one.partition("=")
+        name, _, kind = who.rpartition(".")
+        if name not in budgets:
+            raise ConfigError(f"--budget {one}: give ROLE.KIND=N for one of {', '.join(budgets)}")
+        try:
+            budgets[name] = Budgets.of({**budgets[name].given(), kind: float(limit)})
+        except ValueError:
+            raise ConfigError(f"--budget {one}: give a number, as in coder.tokens=50000") from None
+        except ConfigError as error:
+            raise ConfigError(f"--budget {one}: {str(error).removeprefix('Budgets: ')}") from error
+    roles = tuple(attrs.evolve(role, budgets=budgets[role.name]) for role in scene.roles)
+    if led is not None and director is not None:
+        led = attrs.evolve(led, role=attrs.evolve(director, budgets=budgets[director.name]))
+    return {"scene": attrs.evolve(scene, roles=roles), "director": led}
 
 
 SOLO = ("oracle", "noop")

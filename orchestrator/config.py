@@ -11,17 +11,17 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import anyio
 import attrs
 
+from orchestrator.budgets import Budgets, Limits
 from orchestrator.journal import Sink
 from orchestrator.registry import AgentConfig, Registry, default_registry
 from orchestrator.sandboxes import Network
 from states.deadlines import DEADLINES
 from states.errors import ConfigError
-from states.events import BudgetSpent, Scope, Usage
 from states.journal import Transition
 from states.ports import AskHandler, AskUserRequest, ExecSandbox, Plan, Sandbox, Verifier
 
@@ -64,8 +64,8 @@ def _safe(_instance: Any, _attribute: Any, value: str) -> None:
 class Role:
     """Who can be given a turn: an agent under a name of this scene, with its own model, environment and limits.
 
-    `turn_sec` bounds one turn by wall clock, `idle_sec` its longest silence; None takes the rollout's.
-    `env` wins over the rollout's `env`.
+    `turn_sec` bounds one turn by wall clock, `idle_sec` its longest silence; None takes the rollout's. `budgets` are
+    for all turns of the role together. `env` wins over the rollout's `env`.
     """
 
     name: str = attrs.field(validator=_safe)
@@ -74,26 +74,36 @@ class Role:
     env: Mapping[str, str] = attrs.field(factory=dict, repr=lambda env: f"<{len(env)} variables>")
     turn_sec: float | None = attrs.field(default=None, validator=_seconds)
     idle_sec: float | None = attrs.field(default=None, validator=_seconds)
+    budgets: Budgets = Budgets()
+
+
+def _one_turn(_instance: Any, _attribute: Any, budgets: Budgets) -> None:
+    if budgets.turns is not None:
+        raise ConfigError("a turn has no budget of turns: it is one; give that to its role, the scene or the rollout")
 
 
 @attrs.frozen
 class Turn:
-    """One prompt to one role. Without a prompt the role gets the task's instruction."""
+    """One prompt to one role. Without a prompt the role gets the task's instruction; `budgets` are this turn's own."""
 
     role: str
     prompt: str | None = None
+    budgets: Budgets = attrs.field(default=Budgets(), validator=_one_turn)
 
 
 @attrs.frozen
 class Scene:
     """Roles, and the order in which they take turns in one sandbox. Without turns it takes a director to lead it.
 
+    `budgets` are for all roles together.
+
     >>> Scene.single("oracle").turns
-    (Turn(role='agent', prompt=None),)
+    (Turn(role='agent', prompt=None, budgets=Budgets()),)
     """
 
     roles: tuple[Role, ...]
     turns: tuple[Turn, ...] = ()
+    budgets: Budgets = Budgets()
 
     def __attrs_post_init__(self) -> None:
         names = [role.name for role in self.roles]
@@ -131,27 +141,9 @@ class DirectorRole:
     checks: int = 0
 
 
-@attrs.frozen
-class Budgets:
-    """What a rollout may spend; None means no such limit. Tokens and cost are metered, so they need the gateway.
-
-    `tool_calls` counts those of the turn in flight. The overshoot is at most one model call.
-    """
-
-    tokens: int | None = None
-    cost: float | None = None
-    tool_calls: int | None = None
-
-    def spent(self, usage: Usage, tool_calls: int) -> BudgetSpent | None:
-        """The first budget that is gone, None while none is."""
-        for kind, limit, so_far, scope in (
-            ("tokens", self.tokens, usage.tokens, "rollout"),
-            ("cost", self.cost, usage.cost, "rollout"),
-            ("tool_calls", self.tool_calls, tool_calls, "turn"),
-        ):
-            if limit is not None and so_far is not None and so_far >= limit:
-                return BudgetSpent(cast(Scope, scope), kind, limit, so_far)
-        return None
+def _no_second_timeout(config: Any, _attribute: Any, budgets: Budgets) -> None:
+    if config.timeout is not None and budgets.wall_sec is not None:
+        raise ConfigError("timeout is budgets.wall_sec in short: give one of the two")
 
 
 @attrs.frozen(kw_only=True)
@@ -178,9 +170,10 @@ class RolloutConfig:
         gateway_reach: how a sandbox finds the gateway: `auto` (by itself where it can, else by a relay), `relay` (a
             small program on the sandbox's own Python 3 carries the calls over the sandbox's channel), a URL that you
             expose and that ends at the gateway (give `gateway_port` then, or bring the gateway), or `none`.
-        timeout: seconds for the whole rollout up to verification; scoring and teardown always get their own.
+        timeout: `budgets.wall_sec` in short: seconds for the whole rollout up to verification; scoring and teardown
+            always get their own.
         turn_sec, idle_sec: limits of a turn for roles that set none; `turn_sec` defaults to the task's, or 900 s.
-        budgets: what the rollout may spend.
+        budgets: what the rollout may spend, whoever spends it (`orchestrator.budgets`).
         deadlines: seconds by state, over those of `states.deadlines`.
         verifier: who gives the reward: `task` (the task's own), a `Verifier`, or None: the host verifies.
         policy: what answers an agent's question when no handler is bound.
@@ -191,7 +184,7 @@ class RolloutConfig:
         director: who decides the next turn by what happened so far. A callable (`orchestrator.directors`): the scene
             then only says which roles there are. Or an agent (`orchestrator.directing`): a `DirectorRole`, such as
             `model_user` makes, or the name of a role of the scene that takes no turns.
-        max_turns, max_checks: bounds on what a director may ask for.
+        max_turns, max_checks: bounds on what a director may ask for; `budgets.turns` goes before the first.
         plan: the same at the level of `states.ports.Plan`. Without either, the scene's turns are taken in order.
         journal: where journal lines go instead of `journal.jsonl`.
         registry: the agents that can be named.
@@ -224,7 +217,7 @@ class RolloutConfig:
     turn_sec: float | None = attrs.field(default=None, validator=_seconds)
     idle_sec: float | None = attrs.field(default=None, validator=_seconds)
     deadlines: Mapping[str, float] = attrs.field(factory=dict)
-    budgets: Budgets = Budgets()
+    budgets: Budgets = attrs.field(default=Budgets(), validator=_no_second_timeout)
     verifier: Verifier | Literal["task"] | None = "task"
     policy: Policy = attrs.field(default="allow", validator=_one_of("allow", "deny", "ask"))
     on_ask_user: AskHandler | None = None
@@ -296,3 +289,14 @@ class RolloutConfig:
         if isinstance(self.director, str) and self.scene is not None:
             return DirectorRole(next(role for role in self.scene.roles if role.name == self.director))
         return self.director if isinstance(self.director, DirectorRole) else None
+
+    def limits(self) -> Limits:
+        """Every budget that outlives a turn, the short words among them. A director's turns are bounded anyway."""
+        given = self.budgets
+        if self.timeout is not None:
+            given = attrs.evolve(given, wall_sec=self.timeout)
+        if self.director is not None and given.turns is None:
+            given = attrs.evolve(given, turns=self.max_turns)
+        scene, led = self.the_scene(), self.the_director()
+        roles = {role.name: role.budgets for role in scene.roles}
+        return Limits(given, scene.budgets, roles, {led.role.name: led.role.budgets} if led is not None else {})

@@ -21,7 +21,7 @@ import attrs
 from orchestrator.visits import Paint, duration
 from states import events as ev
 from states import machine
-from states.deadlines import BOUNDED_BY_ROLLOUT, DEADLINES, EXPIRY, crashed
+from states.deadlines import BOUNDED_BY_ROLLOUT, DEADLINES, EXPIRY, Deadline, crashed
 from states.errors import ConfigError
 
 Format = Literal["mermaid", "dot", "svg", "html", "table", "faults"]
@@ -302,7 +302,7 @@ def to_faults(_diagram: Diagram) -> str:
         "|---|---:|---|---|---|---|",
     ]
     for state in machine.LIVE:
-        expired, crash = EXPIRY[state](failure, 0.0), crashed(state, failure, 0.0)
+        expired, crash = EXPIRY[state](failure, Deadline(0.0)), crashed(state, failure, Deadline(0.0))
         recovered = machine.rows(state, ev.Recovered)[0].to
         star = "\\*" if state in BOUNDED_BY_ROLLOUT else ""
         cells = (

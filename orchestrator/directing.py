@@ -226,7 +226,7 @@ class AgentDirector:
 
     `seat` gives a place for a new session, in which nothing is started; `segment` opens the record of a question, about
     the turn of that number; `used` is what its model calls used so far; `time_left` are the seconds that
-    the rollout still has.
+    the rollout still has; `spent` says which budget is, so that it cannot be asked.
     """
 
     led: DirectorRole
@@ -238,6 +238,7 @@ class AgentDirector:
     used: Callable[[], Usage]
     time_left: Callable[[], float]
     note: Callable[[str], None]
+    spent: Callable[[], str] = lambda: ""
     _sessions: dict[str, Connection] = attrs.field(factory=dict, init=False)
     """Every session that is not closed yet, by the name of its lease; only the last one is talked to."""
     _talk: list[Connection] = attrs.field(factory=list, init=False)
@@ -265,8 +266,16 @@ class AgentDirector:
             return Next("done", why=f"the limit of {self.led.limit} turns of {self.name} is reached")
         if coming is not None and not taken:
             return coming
+        if why := self.spent():
+            return Next("done", why=why)
         with anyio.move_on_after(self.time_left()):
-            return await self._asked(story, coming)
+            try:
+                return await self._asked(story, coming)
+            except (DirectorError, ProviderError) as error:
+                if not (why := self.spent()):
+                    raise
+                self.note(str(error))  # it was refused its next model call, and that is nobody's failure
+                return Next("done", why=why)
         return Next("done", why="the rollout's time is up")
 
     async def _asked(self, story: Story, coming: Turn | None) -> Decision:

@@ -10,9 +10,10 @@ verification (feedback, never the reward), or None for the end:
 
     RolloutConfig(task=..., scene=..., director=once_more)
 
-It is asked once per decision: the decision is journaled with the event that it leads to. Bounds (turns, checks, time)
-hold whatever it says. Shipped here: `scripted_user`, `until_verified`, `until_approved`; and `model_user`, whose
-director is an agent (`orchestrator.directing`).
+It is asked once per decision: the decision is journaled with the event that it leads to. Budgets and the bound on
+checks hold whatever it says; after a turn that spent a budget it may go on with other roles. Shipped here:
+`scripted_user`, `until_verified`, `until_approved`; and `model_user`, whose director is an agent
+(`orchestrator.directing`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from typing import Any, Final
 
 import attrs
 
+from orchestrator.budgets import Limits
 from orchestrator.capture import RecordedSegment
 from orchestrator.config import DirectorRole, Role, Turn
 from orchestrator.registry import AgentConfig
 from states.errors import ConfigError
 from states.events import Captured, Checked, Next, Prompted
-from states.journal import Folded, Header, Record, Transition, fold_record
+from states.journal import Folded, Header, Record, Transition, fold, fold_record
 from states.machine import Facts
 
 CHECK: Final = Next("check")
@@ -63,6 +65,15 @@ class Story:
     instruction: str
     _records: Sequence[Record]
     _segments: Callable[[], list[RecordedSegment]]
+    _limits: Limits = Limits()
+
+    def spent(self, role: str) -> str:
+        """Why `role` can take no further turn (which budget is spent), empty while it can.
+
+        A turn that is given to it all the same is not taken: the rollout ends, and says so.
+        """
+        limits = self._limits.holding(role)
+        return str(next(self._limits.gone(limits, fold(self._records).position.facts.ledger), ""))
 
     @functools.cached_property
     def turns(self) -> tuple[TurnTaken, ...]:
@@ -109,14 +120,11 @@ class DirectedPlan:
     director: Director
     tell: Callable[[], Story]
     roles: tuple[str, ...]
-    max_turns: int
     max_checks: int
 
-    async def next(self, facts: Facts) -> Next:
+    async def next(self, _facts: Facts) -> Next:
         """Ask the director, within the bounds. Raises what it raises, `ConfigError` for what is no decision."""
         story = self.tell()
-        if facts.prompted >= self.max_turns:
-            return Next("done", why=f"the limit of {self.max_turns} turns is reached")
         answer = self.director(story)
         decision = await answer if inspect.isawaitable(answer) else answer
         if isinstance(decision, Next) and decision.kind == "check" and story.checks >= self.max_checks:
@@ -130,7 +138,8 @@ class DirectedPlan:
             case Next():
                 return decision
             case Turn(role=role, prompt=prompt) if role in self.roles:
-                return Next("turn", role, story.instruction if prompt is None else prompt)
+                text = story.instruction if prompt is None else prompt
+                return Next("turn", role, text, budgets=decision.budgets.given())
             case Turn(role=role):
                 raise ConfigError(f"the director gave a turn to {role!r}; the scene has {', '.join(self.roles)}")
             case _:

@@ -12,10 +12,11 @@ from typing import Any
 
 import attrs
 
+from orchestrator.budgets import METERED, Budgets, Limits
 from orchestrator.config import Role, RolloutConfig
 from orchestrator.registry import AgentConfig
 from states.errors import ConfigError, SandboxError
-from states.events import Usage
+from states.events import Share, Usage
 from states.ports import Leases, Sandbox
 
 
@@ -57,6 +58,13 @@ class NoMeter:
         """Nothing."""
         return Usage()
 
+    def shares(self) -> tuple[Share, ...]:
+        """Nothing."""
+        return ()
+
+    def turn_began(self, role: str, turn: int, budgets: Budgets) -> None:
+        """Nothing changes."""
+
     async def settle(self) -> Usage:
         """Nothing."""
         return Usage()
@@ -71,14 +79,31 @@ class NoMeter:
         return None
 
 
-def decide(config: RolloutConfig, cast: Sequence[Cast]) -> Metering:
-    """Apply `usage_tracking` to this cast. Raises `ConfigError` when it is required and cannot be had."""
+def decide(config: RolloutConfig, cast: Sequence[Cast], limits: Limits) -> Metering:
+    """Apply `usage_tracking` to this cast.
+
+    Raises `ConfigError` when it is required and cannot be had, and for a budget that nobody could keep.
+    """
     why = "usage_tracking is off" if config.usage_tracking == "off" else _why_not(config, cast)
-    if why and (config.budgets.tokens is not None or config.budgets.cost is not None):
-        raise ConfigError(f"budgets of tokens and cost are kept by the gateway, but {why}")
+    _check_budgets(config, cast, limits, why)
     if why and config.usage_tracking == "required":
         raise ConfigError(f"usage_tracking is required, but {why}")
     return Metering(not why, why)
+
+
+def _check_budgets(config: RolloutConfig, cast: Sequence[Cast], limits: Limits, why: str) -> None:
+    turns = config.the_scene().turns
+    kinds = {limit.kind for limit in limits.all()}.union(*(turn.budgets.given() for turn in turns))
+    if why and kinds & METERED:
+        raise ConfigError(f"budgets of tokens and cost are kept by the gateway, but {why}")
+    for member in cast:
+        own = (turn.budgets.given() for turn in turns if turn.role == member.name)
+        kinds = {limit.kind for limit in limits.holding(member.name)}.union(*own)
+        if "cost" in kinds and member.upstream is not None and member.upstream.prices is None:
+            raise ConfigError(
+                f"a budget of cost needs the price of {member.upstream.model}, which is not known: bring an "
+                "Upstream with prices=Prices(input=..., output=...), or set a budget of tokens"
+            )
 
 
 def _why_not(config: RolloutConfig, cast: Sequence[Cast]) -> str:
@@ -170,6 +195,7 @@ class ModelAccess:
     _metering: Metering
     _config: RolloutConfig
     _sink: Callable[[dict[str, Any]], None]
+    _limits: Limits = Limits()
     leases: Leases | None = None
     _own: list[Any] = attrs.field(factory=list, init=False)
     _relays: list[Any] = attrs.field(factory=list, init=False)
@@ -189,7 +215,7 @@ class ModelAccess:
             self._own.append(gateway)
             await gateway.start()
         upstream = next(member.upstream for member in cast if member.upstream is not None)
-        self._meters.append(self.gateway.open(self._rollout, upstream=upstream, sink=self._sink))
+        self._meters.append(self.gateway.open(self._rollout, upstream=upstream, sink=self._sink, limits=self._limits))
 
     @property
     def gateway(self) -> Any:

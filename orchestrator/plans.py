@@ -34,7 +34,8 @@ class FixedPlan:
         if not went_on(facts.ended_by):
             return Next("done", why=f"the last turn ended by {facts.ended_by}")
         turn = self.turns[facts.prompted]
-        return Next("turn", turn.role, self.instruction if turn.prompt is None else turn.prompt)
+        text = self.instruction if turn.prompt is None else turn.prompt
+        return Next("turn", turn.role, text, budgets=turn.budgets.given())
 
 
 @attrs.define(eq=False)

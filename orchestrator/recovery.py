@@ -25,9 +25,10 @@ from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes import reaper
 from orchestrator.world import owner, started_at, write_result
-from states.deadlines import DEADLINES
+from states.counting import total
+from states.deadlines import DEADLINES, Deadline
 from states.errors import ConfigError
-from states.events import Cancelled, Event, Failure, Recovered, SandboxFailed, Usage
+from states.events import Cancelled, Event, Failure, Recovered, SandboxFailed, Share, Usage
 from states.journal import Folded, Header, Record, Transition, fold
 from states.machine import Facts, Position
 from states.ports import Lease, Stage
@@ -123,15 +124,26 @@ def moves(records: Iterable[Record]) -> Iterator[Transition]:
 
 @attrs.frozen
 class LoggedMeter:
-    """A `states.ports.Meter` that counts what the dead process had written of its model calls."""
+    """A `states.ports.Meter` that counts what the dead process had written of its model calls.
+
+    A line that does not say whose it is belongs to the last turn.
+    """
 
     file: Path
+    role: str = ""
+    turn: int = 0
 
     def usage(self) -> Usage:
         """The sum of the calls in `llm.jsonl`; nothing when there is no such file."""
-        if not self.file.exists():
-            return Usage()
-        return sum((_call_usage(msgspec.json.decode(line)) for line in read_lines(self.file)), Usage())
+        return total(self.shares())
+
+    def shares(self) -> tuple[Share, ...]:
+        """The same by role and turn."""
+        used: dict[tuple[str, int], Usage] = {}
+        for line in map(msgspec.json.decode, read_lines(self.file) if self.file.exists() else ()):
+            key = line.get("role", self.role), line.get("turn", self.turn)
+            used[key] = used.get(key, Usage()) + _call_usage(line)
+        return tuple(Share(role, turn, usage) for (role, turn), usage in used.items())
 
     async def settle(self) -> Usage:
         """The same: nothing is in flight any more."""
@@ -148,6 +160,8 @@ class LoggedMeter:
 
 
 def _call_usage(line: dict[str, Any]) -> Usage:
+    if line.get("via") == "refused":
+        return Usage()
     failed = bool(line.get("error")) or not 200 <= line["status"] < 300
     if line["usage"] is None:
         return Usage(1, int(failed), cost=0.0 if failed else None)
@@ -181,12 +195,12 @@ class ReaperWorld:
             folded.rules,
             journal,
             JournaledLeases(journal.write, ways, dict(folded.leases)),
-            LoggedMeter(folder / "llm.jsonl"),
+            LoggedMeter(folder / "llm.jsonl", folded.position.facts.role, folded.position.facts.prompted),
         )
 
-    def deadline(self, state: str, _stage: Stage) -> float:
-        """Seconds that `state` may take."""
-        return DEADLINES[state]
+    def deadline(self, state: str, _stage: Stage, _facts: Facts) -> Deadline:
+        """How long `state` may take."""
+        return Deadline(DEADLINES[state])
 
     def note(self, text: str) -> None:
         """A line in the journal that moves nothing."""

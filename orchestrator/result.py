@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from orchestrator.budgets import Budgets, Limit, Limits, limits_of
 from states.errors import Owner
-from states.events import Captured, Ending, Failure, Prompted, Quiet, Released, RoleAssigned, Usage, Verified
+from states.events import Captured, Ending, Failure, Prompted, Released, Scope, Share, Usage, Verified
 from states.journal import Folded, Note, Record, Transition
 
 SCHEMA = 1
@@ -25,12 +26,33 @@ class Verdict:
 
 @attrs.frozen
 class TrackedUsage:
-    """What models were used for. `tracking` is `metered` or `untracked`, and then `reason` says why."""
+    """What models were used for, and by whom. `tracking` is `metered` or `untracked`, and then `reason` says why.
+
+    `by_turn` has a share for each turn, in order, and one with turn 0 for what a role used outside its turns. Both
+    `by_role` and `by_turn` add up to `total`.
+    """
 
     tracking: str
     reason: str = ""
     total: Usage = Usage()
     by_role: Mapping[str, Usage] = attrs.field(factory=dict)
+    by_turn: tuple[Share, ...] = ()
+
+
+@attrs.frozen
+class BudgetUse:
+    """A budget there was, what was spent of it, and by how much that is too much.
+
+    `of` names the role, or the turn by its number. `spent` is None where nothing adds up (silences), or where it is not
+    known (a price). See `orchestrator.budgets`.
+    """
+
+    scope: Scope
+    of: str
+    kind: str
+    limit: float
+    spent: float | None
+    overshoot: float = 0.0
 
 
 @attrs.frozen
@@ -62,6 +84,7 @@ class RolloutResult:
     errors: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     leaked: tuple[str, ...] = ()
+    budgets: tuple[BudgetUse, ...] = ()
     folder: Path | None = None
     schema: int = SCHEMA
 
@@ -88,7 +111,7 @@ def result_of(
         rewards=next((dict(m.event.rewards) for m in moves if isinstance(m.event, Verified)), {}),
         verdict=verdict_of(folded),
         ended_by=facts.ended_by,
-        usage=TrackedUsage(tracking, why_untracked, facts.usage, _usage_by_role(moves)),
+        usage=TrackedUsage(tracking, why_untracked, facts.usage, _by_role(facts.ledger), facts.ledger),
         trajectory_source=_source(moves),
         turns=facts.prompted,
         steps=facts.steps,
@@ -99,6 +122,7 @@ def result_of(
         errors=tuple(_errors(moves)),
         notes=tuple(record.text for record in records if isinstance(record, Note)),
         leaked=_leaked(folded, moves),
+        budgets=tuple(_budgets(folded, moves)),
         folder=folder,
     )
 
@@ -119,10 +143,10 @@ def verdict_of(folded: Folded) -> Verdict:
             return Verdict("agent", f"verified; the last turn ended by {facts.ended_by or 'nothing: none was taken'}")
         case "unverified":
             return Verdict("agent", "not verified here: the host has its own verifier")
-        case "void" if facts.usage.failed_calls and facts.usage.failed_calls == facts.usage.calls:
-            return Verdict("provider", f"nothing was done: all {facts.usage.calls} model calls failed")
+        case "void" if facts.worked.failed_calls and facts.worked.failed_calls == facts.worked.calls:
+            return Verdict("provider", f"nothing was done: all {facts.worked.calls} model calls failed")
         case "void":
-            return Verdict("agent", f"nothing was done: {facts.usage.calls} model calls, no tokens and no tool calls")
+            return Verdict("agent", f"nothing was done: {facts.worked.calls} model calls, no tokens and no tool calls")
         case "cancelled":
             return Verdict("operator", "cancelled")
         case "failed" if failure:
@@ -144,16 +168,31 @@ def seconds_by_state(start: float, moves: Sequence[Transition]) -> dict[str, flo
     return spent
 
 
-def _usage_by_role(moves: Sequence[Transition]) -> dict[str, Usage]:
+def _by_role(ledger: Sequence[Share]) -> dict[str, Usage]:
     spent: dict[str, Usage] = {}
-    role = ""
-    for move in moves:
-        match move.event:
-            case RoleAssigned(role=name) | Prompted(role=name):
-                role = name
-            case Captured(usage=usage) | Quiet(usage=usage) if role:
-                spent[role] = spent.get(role, Usage()) + usage
+    for share in ledger:
+        spent[share.role] = spent.get(share.role, Usage()) + share.usage
     return spent
+
+
+_NOT_TIMED = frozenset({"paused", "verifying", "releasing"})
+"""States whose time is not the rollout's."""
+
+
+def _budgets(folded: Folded, moves: Sequence[Transition]) -> Iterator[BudgetUse]:
+    """Every budget, by the journal alone: its header names those that outlive a turn, each prompt those of its turn."""
+    header = [Limit(**limit) for limit in folded.header.info.get("budgets", ())]
+    prompts = [move.event for move in moves if isinstance(move.event, Prompted)]
+    turns = (limits_of("turn", Budgets.of(p.budgets), str(number)) for number, p in enumerate(prompts, 1))
+    roles = {role: Budgets() for role in folded.header.info.get("roles", ())}
+    limits = Limits(roles=roles)
+    for limit in (*header, *(limit for own in turns for limit in own)):
+        spent = limits.amount(limit, folded.position.facts.ledger)
+        if (limit.scope, limit.kind) == ("rollout", "wall_sec"):
+            seconds = seconds_by_state(folded.header.time, moves)
+            spent = round(sum(s for state, s in seconds.items() if state not in _NOT_TIMED), 6)
+        over = round(max(0.0, (spent or 0.0) - limit.limit), 12)
+        yield BudgetUse(limit.scope, limit.of, limit.kind, limit.limit, spent, over)
 
 
 def _source(moves: Sequence[Transition]) -> str:

@@ -45,7 +45,7 @@ from states import (
     session,
     verifying,
 )
-from states.deadlines import EXPIRY, OWNERS, crashed
+from states.deadlines import EXPIRY, OWNERS, Deadline, crashed
 from states.errors import ConfigError, JournalError, OrchestratorError, said
 from states.events import ABSENT, Cancelled, Event, Failure, Interrupted, Recovered, SandboxFailed
 from states.journal import Cause, Record, Transition
@@ -238,8 +238,8 @@ class Rollout:
 
     async def _handle(self, state: str) -> tuple[Event, Cause]:
         """What the state's handler came to: its event, its crash, its expiry, or an event that took over."""
-        seconds = self._world.deadline(state, self._stage)
-        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as scope:
+        deadline = self._world.deadline(state, self._stage, self.facts)
+        with anyio.CancelScope(deadline=anyio.current_time() + deadline.seconds) as scope:
             self._running.append(scope)
             try:
                 return await HANDLERS[state](self, self._world), "handler"
@@ -247,19 +247,19 @@ class Rollout:
                 raise
             except Exception as error:
                 if not self._inbox and not scope.cancel_called:
-                    return self._crashed(state, error, seconds), "error"
+                    return self._crashed(state, error, deadline), "error"
                 self._world.note(f"{state} raised while it was being left: {type(error).__name__}: {said(error)}")
             finally:
                 self._running.remove(scope)
         if self._inbox:
             return _from_outside(self._inbox.popleft())
-        failure = Failure(OWNERS[state], "DeadlinePassed", f"{state} took longer than {seconds:g} s")
-        return EXPIRY[state](failure, seconds), "deadline"
+        failure = Failure(OWNERS[state], "DeadlinePassed", f"{state} took longer than {deadline.seconds:g} s")
+        return EXPIRY[state](failure, deadline), "deadline"
 
-    def _crashed(self, state: str, error: Exception, seconds: float) -> Event:
+    def _crashed(self, state: str, error: Exception, deadline: Deadline) -> Event:
         if not isinstance(error, OrchestratorError):
             self._world.note("".join(traceback.format_exception(error)))
-        return crashed(state, Failure.of(error), seconds)
+        return crashed(state, Failure.of(error), deadline)
 
     def _fire(self, event: Event, cause: Cause) -> Transition:
         source = self.state

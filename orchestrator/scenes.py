@@ -15,6 +15,7 @@ A `rollout.toml` holds roles, the order of their turns, and the settings of the 
     agent = "pydantic-ai"
     model = "openai/gpt-5-mini"
     turn_sec = 300
+    budgets = { tokens = 50000, turns = 2 }
     env = { TOKEN = "${TOKEN}" }        # a variable of whoever loads the file and hands it over
 
     [[turns]]
@@ -44,10 +45,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import attrs
-import msgspec
 from msgspec import Meta, Struct, field
 
-from orchestrator.config import Budgets, DirectorRole, Policy, Role, Scene, Turn, UsageTracking
+from orchestrator.budgets import Budgets
+from orchestrator.config import DirectorRole, Policy, Role, Scene, Turn, UsageTracking
 from orchestrator.sandboxes import Network
 from orchestrator.tasks import documents, files
 from orchestrator.tasks.schema import Count, Seconds, Section, Text
@@ -64,6 +65,10 @@ Agents = Mapping[str, str] | str
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+Given = dict[str, Any]
+"""Budgets by their kinds. What there is of them is known by `Budgets` alone, and checked there."""
+
+
 # --- rollout.toml --------------------------------------------------------------------------------------------
 
 
@@ -76,6 +81,7 @@ class RoleTable(Section):
     env: dict[str, str] = field(default_factory=dict)
     turn_sec: Seconds | None = None
     idle_sec: Seconds | None = None
+    budgets: Given = field(default_factory=dict)
 
 
 class TurnTable(Section):
@@ -84,14 +90,13 @@ class TurnTable(Section):
     role: Text
     prompt: Text | None = None
     prompt_file: Text | None = None
+    budgets: Given = field(default_factory=dict)
 
 
-class BudgetTable(Section):
-    """`[budgets]`: the fields of `Budgets`."""
+class SceneTable(Section):
+    """`[scene]`: what is of all roles together."""
 
-    tokens: Count | None = None
-    cost: Annotated[float, Meta(ge=0)] | None = None
-    tool_calls: Count | None = None
+    budgets: Given = field(default_factory=dict)
 
 
 class DirectorTable(Section):
@@ -120,7 +125,8 @@ class RolloutToml(Section):
     policy: Policy | None = None
     usage_tracking: UsageTracking | None = None
     network: Network | None = None
-    budgets: BudgetTable = field(default_factory=BudgetTable)
+    budgets: Given = field(default_factory=dict)
+    scene: SceneTable = field(default_factory=SceneTable)
 
 
 SETTINGS = ("prompt", "timeout", "turn_sec", "idle_sec", "policy", "usage_tracking", "network")
@@ -163,9 +169,20 @@ def load_rollout(
         config["task"] = path.parent / document.task
     if document.env:
         config["env"] = _env(document.env, given, place, "env")
-    if budgets := {key: value for key, value in msgspec.structs.asdict(document.budgets).items() if value is not None}:
-        config["budgets"] = Budgets(**budgets)
+    if document.budgets:
+        config["budgets"] = _budgets(document.budgets, "budgets", place)
+        if "wall_sec" in document.budgets and document.timeout is not None:
+            place.refuse("budgets.wall_sec", "there is a timeout too, which is the same in short; keep one of the two")
     return config
+
+
+def _budgets(given: Given, key: str, place: _Place) -> Budgets:
+    for kind, limit in given.items():
+        try:
+            Budgets.of({kind: limit})
+        except ConfigError as error:
+            place.refuse(f"{key}.{kind}", str(error).removeprefix("Budgets: "))
+    return Budgets.of(given)
 
 
 @attrs.frozen
@@ -204,14 +221,15 @@ def _cast(document: RolloutToml, place: _Place, agents: Agents | None, given: Ma
                 _role(table, f"roles.[{index}]", place, agents, given, usual="model-user" if directs else None)
             )
     turns = tuple(_turn(table, f"turns.[{index}]", place, names) for index, table in enumerate(document.turns))
+    budgets = _budgets(document.scene.budgets, "scene.budgets", place)
     if director is None:
-        return {"scene": Scene(tuple(roles), turns)}
+        return {"scene": Scene(tuple(roles), turns, budgets)}
     for index, turn in enumerate(turns):
         if turn.role == director.role.name:
             place.refuse(f"turns.[{index}].role", f"{turn.role!r} directs: it takes no turns, it decides them")
     role = next(role for role in roles if role.name == director.role.name)
     workers = tuple(one for one in roles if one is not role)
-    return {"scene": Scene(workers, turns), "director": attrs.evolve(director, role=role)}
+    return {"scene": Scene(workers, turns, budgets), "director": attrs.evolve(director, role=role)}
 
 
 def _director(led: DirectorTable, names: Sequence[str], place: _Place) -> DirectorRole:
@@ -243,14 +261,15 @@ def _role(
     written = table.agent or usual
     agent, model = _player(table.name, written, table.model, agents, place=place, key=f"{key}.agent")
     env = _env(table.env, given, place, f"{key}.env")
-    return Role(table.name, agent, model, env, turn_sec=table.turn_sec, idle_sec=table.idle_sec)
+    budgets = _budgets(table.budgets, f"{key}.budgets", place)
+    return Role(table.name, agent, model, env, turn_sec=table.turn_sec, idle_sec=table.idle_sec, budgets=budgets)
 
 
 def _turn(table: TurnTable, key: str, place: _Place, names: Sequence[str]) -> Turn:
     if table.role not in names:
         place.refuse(f"{key}.role", _no_such_role(table.role, names))
     if table.prompt_file is None:
-        return Turn(table.role, table.prompt)
+        return _turn_of(table.role, table.prompt, table.budgets, key, place)
     if table.prompt is not None:
         place.refuse(f"{key}.prompt_file", "there is a prompt too; keep one of the two")
     try:
@@ -259,7 +278,15 @@ def _turn(table: TurnTable, key: str, place: _Place, names: Sequence[str]) -> Tu
         place.refuse(f"{key}.prompt_file", f"expected a file of text, found {table.prompt_file!r}: {error}")
     if not text:
         place.refuse(f"{key}.prompt_file", f"{table.prompt_file} is empty; expected what the role is asked")
-    return Turn(table.role, text)
+    return _turn_of(table.role, text, table.budgets, key, place)
+
+
+def _turn_of(role: str, prompt: str | None, given: Given, key: str, place: _Place) -> Turn:
+    budgets = _budgets(given, f"{key}.budgets", place)
+    try:
+        return Turn(role, prompt, budgets)
+    except ConfigError as error:
+        place.refuse(f"{key}.budgets.turns", str(error))
 
 
 def _env(env: Mapping[str, str], given: Mapping[str, str], place: _Place, key: str) -> dict[str, str]:
@@ -360,6 +387,7 @@ class RoleMd(Section):
     idle_timeout_sec: Seconds | None = None
     skills_dir: str | None = None
     capabilities: list[str] | None = None
+    budgets: Given = field(default_factory=dict)
 
 
 class AgentsMd(Section):
@@ -373,6 +401,7 @@ class TurnMd(Section):
 
     role: Text
     prompt: str | None = None
+    budgets: Given = field(default_factory=dict)
 
 
 class SceneMd(Section):
@@ -382,6 +411,7 @@ class SceneMd(Section):
     roles: list[str] | None = None
     turns: list[str | TurnMd] | None = None
     skills_dir: str | None = None
+    budgets: Given = field(default_factory=dict)
 
 
 Part = Literal["base", "role", "scene", "turn"]
@@ -442,7 +472,18 @@ def scene_of(task: Task, agents: Agents | None = None) -> Scene | None:
         place.refuse("scenes", "expected at least one turn, found none: the scene is empty")
     names = [name for name in order if any(turn.role == name for turn in turns)]
     _known([*names, USER] if user_of(task) is not None else names, agents)
-    return Scene(tuple(_role_of(name, order[name], place, agents) for name in names), tuple(turns))
+    roles = tuple(_role_of(name, order[name], place, agents) for name in names)
+    return Scene(roles, tuple(turns), _budgets_of(document.scenes, place))
+
+
+def _budgets_of(scenes: Sequence[SceneMd], place: _Place) -> Budgets:
+    """The budgets of the one scene; several are played as one, so that none of them has some of its own."""
+    for index, scene in enumerate(scenes):
+        if scene.budgets and len(scenes) > 1:
+            place.refuse(
+                f"scenes.[{index}].budgets", "a task's scenes are played as one; give them to its roles or its turns"
+            )
+    return _budgets(scenes[0].budgets, "scenes.[0].budgets", place)
 
 
 def _document(task: Task) -> tuple[ScenesMd, _Place]:
@@ -468,7 +509,11 @@ def _turns_of(index: int, document: ScenesMd, task: Task, place: _Place) -> list
             place.refuse(f"{key}.turns.[{at}].role", f"{turn.role!r} is not one of the scene's roles")
     turns = turns or [TurnMd(name) for name in (names if scene.roles is None else scene.roles)]
     called = scene.name or f"scene-{index}"
-    return [Turn(turn.role, _prompt(turn, called, document.benchflow.prompt, task)) for turn in turns]
+    policy = document.benchflow.prompt
+    return [
+        _turn_of(turn.role, _prompt(turn, called, policy, task), turn.budgets, f"{key}.turns.[{at}]", place)
+        for at, turn in enumerate(turns)
+    ]
 
 
 def _prompt(turn: TurnMd, scene: str, policy: PromptMd, task: Task) -> str | None:
@@ -491,7 +536,9 @@ def _role_of(name: str, role: RoleMd, place: _Place, agents: Agents | None) -> R
     written = provided(role.model or "")
     agent, model = _player(name, role.agent, written, agents, place=place, key=f"agents.roles.{name}.agent")
     env = {key: str(value) for key, value in role.env.items()}
-    return Role(name, agent, model, env, turn_sec=role.timeout_sec, idle_sec=role.idle_timeout_sec)
+    limits: dict[str, Any] = {"turn_sec": role.timeout_sec, "idle_sec": role.idle_timeout_sec}
+    budgets = _budgets(role.budgets, f"agents.roles.{name}.budgets", place)
+    return Role(name, agent, model, env, budgets=budgets, **limits)
 
 
 # --- the user of a task.md -----------------------------------------------------------------------------------
@@ -542,7 +589,7 @@ def tells_when_asked(scene: Scene, user: User) -> Director:
         if taken < len(scene.turns):
             turn = scene.turns[taken]
             prompt = story.instruction if turn.prompt is None else turn.prompt
-            return Turn(turn.role, f"{prompt}\n\n{told}") if told else turn
+            return attrs.evolve(turn, prompt=f"{prompt}\n\n{told}") if told else turn
         return Turn(story.turns[-1].role, told) if told and taken < user.limit else None
 
     return decide

@@ -13,12 +13,13 @@ from typing import Any
 import attrs
 import msgspec
 
+from orchestrator.budgets import Limit
 from orchestrator.capture import RecordedSegment, read_trajectory
 from orchestrator.journal import read_journal
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.visits import Visit, duration, visits_of
 from states.errors import ConfigError, JournalError
-from states.events import Captured, Event, Usage
+from states.events import Captured, Event, Share, Usage
 from states.journal import Transition, fold
 from states.machine import CLOSED
 
@@ -44,6 +45,7 @@ class Turn:
     ended_by: str
     complete: bool
     usage: Usage
+    seconds: float
     steps: tuple[Mapping[str, Any], ...]
     late: int
     """Steps that came after the turn was sealed."""
@@ -105,7 +107,9 @@ def story_of(folder: Path) -> Story:
         folder=folder,
     )
     moves = [record for record in records if isinstance(record, Transition)]
-    turns = tuple(_turn(segment, moves) for segment in read_trajectory(folder))
+    shares = {share.turn: share for share in result.usage.by_turn if share.turn}
+    nobodys = Share("", 0)
+    turns = tuple(_turn(s, moves, shares.get(s.number, nobodys)) for s in read_trajectory(folder))
     return Story(folder, about, result, visits_of(records), turns)
 
 
@@ -117,7 +121,7 @@ def _why_untracked(folder: Path) -> str:
         return ""
 
 
-def _turn(segment: RecordedSegment, moves: Sequence[Transition]) -> Turn:
+def _turn(segment: RecordedSegment, moves: Sequence[Transition], share: Share) -> Turn:
     captured = next(
         (m.event for m in moves if isinstance(m.event, Captured) and m.event.segment == segment.number), None
     )
@@ -127,7 +131,8 @@ def _turn(segment: RecordedSegment, moves: Sequence[Transition]) -> Turn:
         role=str(segment.about.get("role", "")),
         ended_by=ended[segment.number - 1] if segment.number <= len(ended) else "",
         complete=captured.complete if captured else False,
-        usage=captured.usage if captured else Usage(),
+        usage=share.usage,
+        seconds=share.seconds,
         steps=tuple(step.data for step in segment.steps if not step.late),
         late=sum(step.late for step in segment.steps),
         sealed=segment.sealed is not None,
@@ -238,17 +243,22 @@ def _scene(story: Story, style: Style) -> list[str]:
         calls = sum(step.get("type") == "tool_call" for step in steps)
         said = [f"turn {', '.join(str(turn.number) for turn in turns)}" if turns else "no turn", f"{calls} tool calls"]
         if role in story.result.usage.by_role and story.result.usage.tracking == "metered":
-            used = story.result.usage.by_role[role]
-            cost = f", ${used.cost:.4f}" if used.cost else ""
-            said.append(f"{used.calls} model calls, {used.tokens:,} tokens{cost}")
+            said.append(_used(story.result.usage.by_role[role]))
         lines.append(f"  {one_line(role)}: " + "; ".join(said))
         lines += [f"    {_step(step, style)}" for step in steps if step.get("type") == "question"]
     return lines
 
 
+def _used(usage: Usage) -> str:
+    """What somebody used, in a few words."""
+    cost = f", ${usage.cost:.4f}" if usage.cost else ""
+    return f"{usage.calls} model calls, {usage.tokens:,} tokens{cost}"
+
+
 def _told_turn(turn: Turn, style: Style, *, every_step: bool) -> list[str]:
-    count = f"{len(turn.steps)} steps"
-    tokens = f", {turn.usage.tokens:,} tokens" if turn.usage.tokens else ""
+    took = f" in {duration(turn.seconds)}" if turn.seconds else ""
+    count = f"{len(turn.steps)} steps{took}"
+    tokens = f", {_used(turn.usage)}" if turn.usage.calls else ""
     how = turn.ended_by or "open"
     whole = "" if turn.complete else (", partial" if turn.sealed else ", not sealed")
     late = f", {turn.late} steps came late" if turn.late else ""
@@ -304,14 +314,25 @@ def one_line(text: str, width: int = WIDTH) -> str:
 def _usage(result: RolloutResult) -> list[str]:
     usage, total = result.usage, result.usage.total
     if usage.tracking != "metered":
-        return [f"usage     untracked{f': {usage.reason}' if usage.reason else ''}"]
+        return [f"usage     untracked{f': {usage.reason}' if usage.reason else ''}", *_budgets(result)]
     failed = f" ({total.failed_calls} failed)" if total.failed_calls else ""
     cached = f" ({total.cache_read_input_tokens:,} cached)" if total.cache_read_input_tokens else ""
     cost = f"${total.cost:.4f}" if total.cost is not None else "price unknown"
     tokens = f"{total.input_tokens:,} tokens in{cached}, {total.output_tokens:,} out"
     lines = [f"usage     {total.calls} calls{failed}, {tokens}, {cost}"]
     if len(usage.by_role) > 1:
-        lines += [f"          {role}: {one.calls} calls, {one.tokens:,} tokens" for role, one in usage.by_role.items()]
+        lines += [f"          {role}: {_used(one)}" for role, one in usage.by_role.items()]
+    return [*lines, *_budgets(result)]
+
+
+def _budgets(result: RolloutResult) -> list[str]:
+    """Every budget, with what was spent of it where that is known."""
+    lines = []
+    for use in result.budgets:
+        limit = Limit(use.scope, use.kind, use.limit, use.of)
+        spent = "" if use.spent is None else f": {round(use.spent, 6):,.12g} spent"
+        over = f", {round(use.overshoot, 6):,.12g} too much" if use.overshoot else ""
+        lines.append(f"budget    {one_line(str(limit))}{spent}{over}")
     return lines
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +25,9 @@ import attrs
 
 from orchestrator import metering
 from orchestrator._tasks import first_of
+from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
 from orchestrator.capture import RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
-from orchestrator.config import Budgets, DirectorRole, RolloutConfig, Scene
+from orchestrator.config import DirectorRole, RolloutConfig, Scene
 from orchestrator.directing import AgentDirector, HeardSegment, Outside, check_agent_of
 from orchestrator.directors import DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
@@ -39,9 +40,9 @@ from orchestrator.registry import Place
 from orchestrator.result import RolloutResult, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
 from orchestrator.transports import HOME, make_transport
-from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
+from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
-from states.events import BudgetSpent
+from states.events import BudgetSpent, IdlePassed, Next, Share
 from states.journal import Folded, Header, LeaseRecord, Stopped
 from states.machine import Facts, Position, Rules
 from states.ports import (
@@ -63,6 +64,8 @@ T = TypeVar("T")
 TURN_SEC = 900.0
 DIRECTOR = "director.jsonl"
 """What an agent that directs was told and said, in the form of the trajectory: a segment a question."""
+_TIME = ("rollout", "wall_sec")
+"""The one budget that is not spent in turns alone: `time_left` keeps it."""
 TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))
 """What a rollout may take beyond its own limit: its sandbox must live as long."""
 VERIFIER_MARGIN_SEC = 60.0
@@ -111,6 +114,7 @@ class LiveWorld:
     questions: Questions
     cast: Mapping[str, Cast]
     tracking: Metering
+    limits: Limits
     models: ModelAccess
     folder: Path | None
     task: Any
@@ -146,23 +150,34 @@ class LiveWorld:
 
     def time_left(self) -> float:
         """Seconds until the rollout's own deadline. Its clock starts with the first question, and stops in pauses."""
-        if self.config.timeout is None:
+        limit = self.limits.rollout.wall_sec
+        if limit is None:
             return math.inf
         now = self.config.monotonic()
         if not self._began:
             self._began.append(now)
-        return max(0.0, self.config.timeout - (now - self._began[0] - self._hold.paused_sec))
+        return max(0.0, limit - (now - self._began[0] - self._hold.paused_sec))
 
-    def deadline(self, state: str, stage: Stage) -> float:
-        """Seconds that `state` may take from now."""
-        own = self.config.deadlines.get(state)
-        if own is None:
-            own = DEADLINES[state]
-            if isinstance(stage, OpenTurn) and state == "executing":
-                own = self.cast[stage.connection.seat.role.name].turn_sec
-            elif state in ("verifying", "checking") and self.task is not None:
-                own = self.task.verification.timeout_sec + VERIFIER_MARGIN_SEC
-        return min(own, self.time_left()) if state in BOUNDED_BY_ROLLOUT else own
+    def deadline(self, state: str, stage: Stage, facts: Facts) -> Deadline:
+        """How long `state` may take from now, and whose limit that is."""
+        own = self.config.deadlines.get(state, DEADLINES[state])
+        if state in ("verifying", "checking") and self.task is not None and state not in self.config.deadlines:
+            own = self.task.verification.timeout_sec + VERIFIER_MARGIN_SEC
+        limits = [Deadline(own)]
+        if isinstance(stage, OpenTurn) and state == "executing":
+            limits = list(self._wall_clock(stage, facts))
+        if state in BOUNDED_BY_ROLLOUT:
+            limits.append(Deadline(self.time_left(), "rollout"))
+        return min(limits, key=lambda limit: limit.seconds)
+
+    def _wall_clock(self, turn: OpenTurn, facts: Facts) -> Iterator[Deadline]:
+        """How long a turn may take: what is its own, and what is left of its role and its scene."""
+        role = turn.connection.seat.role.name
+        usual = self.config.deadlines.get("executing", self.cast[role].turn_sec)
+        yield Deadline(turn.budgets.get("wall_sec", usual), "turn")
+        for limit in self.limits.holding(role):
+            if limit.kind == "wall_sec" and limit.scope != "rollout":
+                yield Deadline(limit.limit - (self.limits.amount(limit, facts.ledger) or 0.0), limit.scope)
 
     def held(self) -> str | None:
         """Who holds the rollout before its next turn; None while nobody does."""
@@ -240,7 +255,7 @@ class LiveWorld:
             build=self.task.dockerfile.parent if self.task is not None and self.task.dockerfile else None,
             image_map=self.config.image_map,
             labels={"rollout": self.id, **{f"owner-{key}": str(value) for key, value in owner().items()}},
-            ttl_sec=(self.config.timeout or DAY) + TEARDOWN_SEC,
+            ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
             options=self.config.sandbox_options,
             note=self.note,
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),
@@ -270,7 +285,7 @@ class LiveWorld:
         member = self.cast[role]
         handle = self.sandbox.handle(f"{role}-{number}")
         self._handles[handle.name] = handle
-        return Seat(member, self._transport(member, handle.name), handle, self.meter.usage())
+        return Seat(member, self._transport(member, handle.name), handle)
 
     def _transport(self, member: Cast, handle: str) -> Transport:
         gateway, inside, key = self.models.gateway, self.models.url_from(self.sandbox), self.models.key_for(member)
@@ -298,12 +313,16 @@ class LiveWorld:
             logs.mkdir(exist_ok=True)
             (logs / f"{handle}.stderr.txt").write_bytes(self._redactor(text.encode("utf-8", "replace")))
 
-    def segment(self, connection: Connection, number: int, text: str) -> TurnSegment:
-        """Segment `number` of the trajectory, opened with its prompt."""
+    def segment(self, connection: Connection, number: int, decision: Next) -> TurnSegment:
+        """Segment `number` of the trajectory, opened with its prompt. Usage counts for this turn from here on."""
+        if not self.tracking.tracked and METERED & set(decision.budgets):
+            why = self.tracking.reason
+            raise ConfigError(f"a turn has a budget of tokens or cost, which the gateway keeps, but {why}")
+        self.models.meter.turn_began(decision.role, number, Budgets.of(decision.budgets))
         unsure = self._redactor.unsure
         segment = TurnSegment(number, self._trajectory, self.config.monotonic, self._bell.ring, unsure)
         seat = connection.seat
-        segment.opened(text, role=seat.role.name, protocol=seat.transport.name, time=self.config.clock())
+        segment.opened(decision.text, role=seat.role.name, protocol=seat.transport.name, time=self.config.clock())
         return segment
 
     def led_by(self, led: DirectorRole, scene: Scene, tell: Callable[[], Story]) -> None:
@@ -313,7 +332,7 @@ class LiveWorld:
             known = {record.lease.name for record in self.journal.records if isinstance(record, LeaseRecord)}
             name = next(name for number in itertools.count(1) if (name := f"{led.role.name}-{number}") not in known)
             member = self.cast[led.role.name]
-            return Seat(member, self._transport(member, name), Outside(name), self.meter.usage())
+            return Seat(member, self._transport(member, name), Outside(name))
 
         numbers = itertools.count(1 + len(read_trajectory(self.folder / DIRECTOR) if self.folder else ()))
 
@@ -325,9 +344,21 @@ class LiveWorld:
 
         roles = tuple(role.name for role in scene.roles)
         used = functools.partial(self.models.used_by, led.role.name)
-        director = AgentDirector(led, roles, scene.turns, self.leases, seat, segment, used, self.time_left, self.note)
+        limits = [limit for limit in self.limits.holding(led.role.name) if limit.kind in METERED]
+        director = AgentDirector(
+            led,
+            roles,
+            scene.turns,
+            self.leases,
+            seat,
+            segment,
+            used,
+            self.time_left,
+            self.note,
+            lambda: str(self._gone(limits, Facts()) or ""),
+        )
         self._directors.append(director)
-        self.plan = DirectedPlan(director, tell, roles, self.config.max_turns, self.config.max_checks)
+        self.plan = DirectedPlan(director, tell, roles, self.config.max_checks)
 
     async def dismiss(self) -> None:
         """Close the sessions of a director, where an agent is one."""
@@ -349,16 +380,40 @@ class LiveWorld:
         meter: Meter = self.models.meter
         return meter
 
-    def budget(self, turn: OpenTurn) -> Sequence[Callable[[], Awaitable[BudgetSpent]]]:
-        """One wait for each budget of the rollout."""
-        budgets = self.config.budgets
-        if budgets == Budgets():
-            return ()
+    def budget(self, turn: OpenTurn, facts: Facts) -> Sequence[Callable[[], Awaitable[BudgetSpent | IdlePassed]]]:
+        """One wait for what can be spent in a turn, one for its silence, where there are such limits."""
+        role = turn.connection.seat.role.name
+        own = limits_of("turn", Budgets.of(turn.budgets), str(turn.segment.number))
+        limits = (*self.limits.holding(role), *own)
+        spendable = tuple(limit for limit in limits if limit.kind in ("tokens", "cost", "tool_calls"))
+        silences = [limit for limit in limits if limit.kind == "idle_sec"]
+        if "idle_sec" not in turn.budgets and (usual := self.cast[role].idle_sec) is not None:
+            silences.append(Limit("turn", "idle_sec", usual))
 
         async def spent() -> BudgetSpent:
-            return await self._bell.until(lambda: budgets.spent(self.meter.usage(), turn.segment.tool_calls))
+            return (await self._bell.until(lambda: self._gone(spendable, facts, turn))).event()
 
-        return (spent,)
+        async def silent() -> IdlePassed:
+            shortest = min(silences, key=lambda limit: limit.limit)
+            await turn.segment.changed_since(shortest.limit)
+            return IdlePassed(shortest.limit, shortest.scope)
+
+        return (*([spent] if spendable else ()), *([silent] if silences else ()))
+
+    def spent(self, facts: Facts, role: str = "") -> str:
+        """Why no further turn may start, or none of this role. Empty while it may."""
+        if self.time_left() <= 0:
+            return "the rollout's time is up"
+        limits = [limit for limit in self.limits.holding(role or None) if (limit.scope, limit.kind) != _TIME]
+        return str(self._gone(limits, facts) or "")
+
+    def _gone(self, limits: Iterable[Limit], facts: Facts, turn: OpenTurn | None = None) -> Gone | None:
+        """The first of these that is spent, by the journal, by what the gateway counted, and by the turn in flight."""
+        shares = brought_up(facts.ledger, self.meter.shares())
+        if turn is not None:
+            key = turn.connection.seat.role.name, turn.segment.number
+            shares[key] = shares[key] + Share(*key, tool_calls=turn.segment.tool_calls)
+        return next(self.limits.gone(limits, shares.values()), None)
 
     # --- the end ---
 
@@ -510,7 +565,8 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     scene, led = config.the_scene(), config.the_director()
     workers = {role.name: _cast(config, role, task) for role in scene.roles}
     cast = workers if led is None else {**workers, led.role.name: _cast(config, led.role, task)}
-    tracking = metering.decide(config, tuple(cast.values()))
+    limits = config.limits()
+    tracking = metering.decide(config, tuple(cast.values()), limits)
     if led is not None:
         _check_director(config, led, cast[led.role.name], tracking)
     rules = Rules(
@@ -533,7 +589,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
 
     lines = config.journal or (JournalSink(folder / "journal.jsonl") if folder else MemorySink())
     journal = RedactingSink(lines, redactor)
-    header = Header(rollout, rules, config.clock(), info=_about(config, task, cast, tracking))
+    header = Header(rollout, rules, config.clock(), info=_about(config, task, cast, tracking, limits))
     llm, bell, hold = sink("llm.jsonl"), Bell(), Hold(config.monotonic)
     told = sink(DIRECTOR) if led is not None else MemorySink()
 
@@ -545,7 +601,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
     instruction = config.prompt if config.prompt is not None else task.instruction if task is not None else ""
     writer = JournalWriter(journal, config.clock, header)
-    tell = Teller(instruction, writer, steps)
+    tell = Teller(instruction, writer, steps, limits)
     questions = Questions(config.policy, terminal=config.terminal)
     questions.bind(config.on_ask_user)
     world = LiveWorld(
@@ -556,7 +612,8 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         questions,
         cast,
         tracking,
-        ModelAccess(rollout, tracking, config, model_called),
+        limits,
+        ModelAccess(rollout, tracking, config, model_called, limits),
         folder,
         task,
         _plan(config, tuple(workers), tell),
@@ -592,10 +649,11 @@ class Teller:
     instruction: str
     journal: JournalWriter
     steps: FileSink | MemorySink
+    limits: Limits
 
     def __call__(self) -> Story:
         """The story so far."""
-        return Story(self.instruction, tuple(self.journal.records), self._segments)
+        return Story(self.instruction, tuple(self.journal.records), self._segments, self.limits)
 
     def _segments(self) -> list[RecordedSegment]:
         return (
@@ -607,7 +665,7 @@ class Teller:
 
 def _plan(config: RolloutConfig, roles: tuple[str, ...], teller: Teller) -> Plan:
     if callable(config.director):
-        return DirectedPlan(config.director, teller, roles, config.max_turns, config.max_checks)
+        return DirectedPlan(config.director, teller, roles, config.max_checks)
     return config.plan or FixedPlan(config.the_scene().turns, teller.instruction)
 
 
@@ -672,7 +730,9 @@ def _folder(config: RolloutConfig, rollout: str) -> Path | None:
         raise ConfigError(f"out: {folder} cannot be made: {error.strerror or error}") from error
 
 
-def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking: Metering) -> dict[str, Any]:
+def _about(
+    config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking: Metering, limits: Limits
+) -> dict[str, Any]:
     """What `config.json` and the journal's header say of the config: inputs only, no secrets by construction."""
     return {
         "task": task.name if task is not None else None,
@@ -688,8 +748,12 @@ def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking:
             }
             for member in cast.values()
         },
-        "turns": [attrs.asdict(turn) for turn in config.the_scene().turns],
+        "turns": [
+            {"role": turn.role, "prompt": turn.prompt, **({"budgets": own} if (own := turn.budgets.given()) else {})}
+            for turn in config.the_scene().turns
+        ],
         "director": led.role.name if (led := config.the_director()) is not None else None,
+        "budgets": [attrs.asdict(limit) for limit in limits.all()],
         "sandbox": config.sandbox if isinstance(config.sandbox, str) else type(config.sandbox).__qualname__,
         "network": config.network,
         "image": config.image,
@@ -698,7 +762,6 @@ def _about(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking:
         "usage_tracking": config.usage_tracking,
         "gateway_reach": config.gateway_reach,
         "tracked": tracking.tracked,
-        "timeout": config.timeout,
         "deadlines": dict(config.deadlines),
         "policy": config.policy,
         "owner": owner(),

@@ -7,10 +7,10 @@ that the seal always follows, whatever the agent does.
 from __future__ import annotations
 
 import anyio
-import attrs
 
-from states.events import ABSENT, Captured, Usage
-from states.ports import Connection, OpenTurn, Rollout, Segment, World
+from states.counting import settled
+from states.events import Captured, Usage
+from states.ports import OpenTurn, Rollout, Segment, World
 
 READ_SEC = 10.0
 SETTLE_SEC = 10.0
@@ -22,14 +22,10 @@ async def run(rollout: Rollout, world: World) -> Captured:
     whole = rollout.state == "capturing/whole"
     if not isinstance(turn, OpenTurn):  # a new process after kill -9: what is on disk is what there is
         return await _recovered(rollout, world)
-    connection = turn.connection
     truncated = not await _read(turn, world)
     if not whole:
         turn.inflight.abandon()
-    total = await _settled(world)
-    after = attrs.evolve(connection, usage=total)
-    complete = whole and not truncated
-    return _sealed(turn.segment, total - connection.usage, complete=complete, truncated=truncated, after=after)
+    return await _sealed(rollout, world, turn.segment, complete=whole and not truncated, truncated=truncated)
 
 
 async def _read(turn: OpenTurn, world: World) -> bool:
@@ -48,30 +44,21 @@ def _bound(seconds: float) -> float:
     return min(seconds, (anyio.current_effective_deadline() - anyio.current_time()) / 3)
 
 
-async def _settled(world: World) -> Usage:
-    try:
-        with anyio.move_on_after(_bound(SETTLE_SEC)):
-            return await world.meter.settle()
-    except Exception as error:
-        world.note(f"usage could not be settled: {type(error).__name__}: {error}")
-    world.note("calls at the gateway did not settle; their usage is counted later")
-    return world.meter.usage()
-
-
 async def _recovered(rollout: Rollout, world: World) -> Captured:
     """A seal that is on disk already is the turn's only one: its process died before the journal said so."""
     segment = world.recovered_segment(rollout.facts.prompted)
     seal = segment.sealed
     if seal is None:
-        spent = await _settled(world) - rollout.facts.usage
-        return _sealed(segment, spent, complete=False, truncated=False)
-    return Captured(
-        segment.number, seal["steps"], seal["tool_calls"], usage=Usage(**seal["usage"]), complete=seal["complete"]
-    )
+        return await _sealed(rollout, world, segment, complete=False, truncated=False)
+    usage, shares = await settled(rollout, world, _bound(SETTLE_SEC))
+    complete = seal["complete"]
+    return Captured(segment.number, seal["steps"], seal["tool_calls"], usage=usage, shares=shares, complete=complete)
 
 
-def _sealed(segment: Segment, usage: Usage, *, complete: bool, truncated: bool, after: Connection = ABSENT) -> Captured:
-    segment.seal(complete=complete, usage=usage)
+async def _sealed(rollout: Rollout, world: World, segment: Segment, *, complete: bool, truncated: bool) -> Captured:
+    usage, shares = await settled(rollout, world, _bound(SETTLE_SEC))
+    own = (share.usage for share in shares if share.turn == rollout.facts.prompted)
+    segment.seal(complete=complete, usage=next(own, Usage()) if shares else usage)
     return Captured(
         segment.number,
         steps=segment.steps,
@@ -79,5 +66,6 @@ def _sealed(segment: Segment, usage: Usage, *, complete: bool, truncated: bool, 
         usage=usage,
         complete=complete,
         truncated=truncated,
-        live=after,
+        shares=shares,
+        seconds=segment.seconds,
     )

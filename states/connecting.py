@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import attrs
-
 from states.events import AcpOpened, FactoryOpened
-from states.ports import Connection, Rollout, Seat, World
+from states.ports import Rollout, Seat, World
 
 
 async def run(rollout: Rollout, world: World) -> AcpOpened | FactoryOpened:
@@ -17,6 +15,4 @@ async def run(rollout: Rollout, world: World) -> AcpOpened | FactoryOpened:
     seat = rollout.stage
     assert isinstance(seat, Seat), f"connecting needs a seat, not {seat}"
     world.leases.intend("agent", seat.handle.name)
-    opened = await seat.transport.connecting(seat)
-    connection: Connection = opened.live
-    return attrs.evolve(opened, live=attrs.evolve(connection, usage=seat.usage))
+    return await seat.transport.connecting(seat)

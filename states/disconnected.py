@@ -16,12 +16,12 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
     facts = rollout.facts
     if by := world.held():
         return Paused(by)
-    if world.time_left() <= 0:
-        decision = Next("done", why="the rollout's time is up")
-    else:
-        decision = facts.next or await world.plan.next(facts)
-        if (by := world.held()) and decision.kind != "pause":
-            return Paused(by, decision)  # somebody holds it since the plan was asked: what it decided is kept
+    spent = world.spent(facts)
+    decision = Next("done", why=spent) if spent else facts.next or await world.plan.next(facts)
+    if not spent and (by := world.held()) and decision.kind != "pause":
+        return Paused(by, decision)  # somebody holds it since the plan was asked: what it decided is kept
+    if decision.kind == "turn" and (spent := world.spent(facts, decision.role)):
+        decision = Next("done", why=spent)
     match decision.kind:
         case "turn":
             seat = world.seat(decision.role, facts.assigned + 1)
@@ -34,15 +34,15 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
         case _:  # done
             for lease in world.leases.open("director"):  # what is verified is a scene that nobody directs any more
                 await world.leases.give_back(lease)
-            _may_be_graded(rollout, world)
+            _may_be_graded(rollout, world, spent)
             return PlanDone(decision.why)
 
 
-def _may_be_graded(rollout: Rollout, world: World) -> None:
+def _may_be_graded(rollout: Rollout, world: World, spent: str) -> None:
     """Work of which we know that somebody else than the agent spoilt it is not graded."""
     facts = rollout.facts
-    if not facts.prompted and (facts.assigned or world.time_left() <= 0):
-        why = facts.failure.message if facts.failure else "time was up before an agent was connected"
+    if not facts.prompted and (facts.assigned or spent):
+        why = facts.failure.message if facts.failure else spent
         raise ConnectError(f"no agent ever took a prompt: {why}")
     if world.meter.error is not None:
         raise world.meter.error

@@ -80,6 +80,31 @@ class Usage:
 
 
 @attrs.frozen
+class Share:
+    """What one role spent in one of its turns; `turn` 0 is outside its turns: connecting, or deciding the next one.
+
+    `seconds` are those of the turn, from its prompt to its seal. Shares of one role and turn add up:
+
+    >>> (Share("coder", 1, Usage(calls=1)) + Share("coder", 1, tool_calls=2)).tool_calls
+    2
+    """
+
+    role: str
+    turn: int
+    usage: Usage = Usage()
+    tool_calls: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Share) -> Share:
+        return attrs.evolve(
+            self,
+            usage=self.usage + other.usage,
+            tool_calls=self.tool_calls + other.tool_calls,
+            seconds=round(self.seconds + other.seconds, 6),
+        )
+
+
+@attrs.frozen
 class Failure:
     """An error as data: who owns it, what kind it is, what it said, and the agent's last words."""
 
@@ -106,7 +131,7 @@ class Failure:
 class Next:
     """What the plan decided: a turn for a role, a soft check, a pause, or the end.
 
-    Consecutive turns of one role share its session.
+    Consecutive turns of one role share its session. `budgets` are this turn's own limits, by kind.
     """
 
     kind: Literal["turn", "check", "pause", "done"] = attrs.field(
@@ -115,6 +140,7 @@ class Next:
     role: str = ""
     text: str = ""
     why: str = ""
+    budgets: Mapping[str, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -190,6 +216,7 @@ class Prompted(Event):
     turn: int
     role: str
     text: str
+    budgets: Mapping[str, float] = attrs.field(factory=dict)
     live: Any = _live()
 
 
@@ -255,7 +282,7 @@ class TurnFailed(Event):
 
 @attrs.frozen
 class DeadlinePassed(Event):
-    """The turn outlasted a wall-clock limit."""
+    """The turn outlasted a wall-clock limit: its own, or what was left of its role's, its scene's, its rollout's."""
 
     seconds: float
     scope: Scope = "turn"
@@ -266,11 +293,12 @@ class IdlePassed(Event):
     """Nothing was heard of the agent for the idle limit."""
 
     seconds: float
+    scope: Scope = "turn"
 
 
 @attrs.frozen
 class BudgetSpent(Event):
-    """A budget (tokens, cost, tool calls) is spent; `spent` may overshoot `limit` by one call's input."""
+    """A budget of tokens, cost or tool calls is spent; `spent` may overshoot `limit` by one call's input."""
 
     scope: Scope
     kind: str
@@ -319,7 +347,11 @@ class Lost(Event):
 
 @attrs.frozen
 class Captured(Event):
-    """The turn's segment is sealed: what it holds, once and for all."""
+    """The turn's segment is sealed: what it holds, once and for all.
+
+    `usage` is all that was counted since the journal last said so. `shares` splits it by role and turn, where it is not
+    all of this turn.
+    """
 
     segment: int = 0
     steps: int = 0
@@ -327,7 +359,8 @@ class Captured(Event):
     usage: Usage = Usage()
     complete: bool = True
     truncated: bool = False
-    live: Any = _live()
+    shares: tuple[Share, ...] = ()
+    seconds: float = 0.0
 
 
 # --- going down ----------------------------------------------------------------------------------------------
@@ -340,6 +373,8 @@ class Quiet(Event):
     evidence: tuple[str, ...] = ()
     usage: Usage = Usage()
     """Usage that arrived after the last seal: flushed last, counted here."""
+    shares: tuple[Share, ...] = ()
+    """The same by role and turn, where it is not all of the last turn."""
 
 
 @attrs.frozen
@@ -397,6 +432,9 @@ class Released(Event):
     given_back: tuple[str, ...] = ()
     leaked: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    usage: Usage = Usage()
+    """Usage that arrived after the last agent was gone: of whoever decides the turns."""
+    shares: tuple[Share, ...] = ()
 
 
 OUTSIDE: tuple[type[Event], ...] = (Cancelled, SandboxFailed, Recovered, Interrupted)

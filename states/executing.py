@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Callable
 
 from states.events import BudgetSpent, IdlePassed, Lost, TurnEnded, TurnFailed
@@ -18,16 +17,9 @@ async def run(rollout: Rollout, world: World) -> TurnEnded | TurnFailed | IdlePa
     """
     turn = rollout.stage
     assert isinstance(turn, OpenTurn), f"executing needs an open turn, not {turn}"
-    seat = turn.connection.seat
 
     async def driven() -> Out:
-        return await seat.transport.executing(turn)
+        return await turn.connection.seat.transport.executing(turn)
 
-    async def silent(seconds: float) -> Out:
-        await turn.segment.changed_since(seconds)
-        return IdlePassed(seconds)
-
-    watches: list[Callable[[], Awaitable[Out]]] = [*world.budget(turn)]
-    if seat.role.idle_sec is not None:
-        watches.append(functools.partial(silent, seat.role.idle_sec))
+    watches: list[Callable[[], Awaitable[Out]]] = [*world.budget(turn, rollout.facts)]
     return await world.first(driven, *watches)

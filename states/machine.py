@@ -27,7 +27,7 @@ import transitions
 
 from states import events as ev
 from states.errors import IllegalTransition
-from states.events import Ending, Event, Failure, Next, Usage
+from states.events import Ending, Event, Failure, Next, Share, Usage
 
 # --- states --------------------------------------------------------------------------------------------------
 
@@ -91,11 +91,20 @@ class Facts:
     usage: Usage = Usage()
     next: Next | None = None
     reward: float | None = None
+    role: str = ""
+    """Whose the last turn or connection is."""
+    ledger: tuple[Share, ...] = ()
+    """Who spent what, by role and turn: one share for each turn, and one for what a role spent outside its turns."""
+
+    @property
+    def worked(self) -> Usage:
+        """What was used in turns: by agents, not by whoever decides the turns."""
+        return sum((share.usage for share in self.ledger if share.turn), Usage())
 
     @property
     def active(self) -> bool:
         """Whether anything was seen of an agent's work: tokens or tool calls."""
-        return bool(self.usage.tokens or self.tool_calls)
+        return bool(self.tool_calls or self.worked.tokens)
 
 
 # --- guards --------------------------------------------------------------------------------------------------
@@ -137,7 +146,7 @@ def is_silent(facts: Facts, _event: Event, rules: Rules) -> bool:
     """A prompt was sent, every call would have been seen, and nothing was done (or metered, where that is required)."""
     if not facts.prompted:
         return False
-    return (rules.metered and not facts.active) or (rules.usage_required and not facts.usage.calls)
+    return (rules.metered and not facts.active) or (rules.usage_required and not facts.worked.calls)
 
 
 def has_verifier(_facts: Facts, _event: Event, rules: Rules) -> bool:
@@ -317,20 +326,50 @@ def _gone(facts: Facts, _event: Any, _row: Row, _rules: Rules) -> dict[str, Any]
     return {} if facts.link == "none" else {"link": "gone"}
 
 
+def _counted(facts: Facts, event: Any, *more: Share) -> dict[str, Any]:
+    """Usage that an event brings, in the account of who used it; without shares all of it is the last turn's."""
+    shares = event.shares or ((Share(facts.role, facts.prompted, event.usage),) if event.usage != Usage() else ())
+    ledger = facts.ledger
+    for share in (*shares, *more):
+        ledger = _entered(ledger, share)
+    return {"usage": facts.usage + event.usage, "ledger": ledger}
+
+
+def _entered(ledger: tuple[Share, ...], share: Share) -> tuple[Share, ...]:
+    """The ledger with this share added to the one of the same role and turn. Newer ones are the likelier."""
+    for at in range(len(ledger) - 1, -1, -1):
+        if (ledger[at].role, ledger[at].turn) == (share.role, share.turn):
+            return (*ledger[:at], ledger[at] + share, *ledger[at + 1 :])
+    return (*ledger, share)
+
+
+def _captured(facts: Facts, event: Any, _row: Row, _rules: Rules) -> dict[str, Any]:
+    turn = Share(facts.role, facts.prompted, tool_calls=event.tool_calls, seconds=event.seconds)
+    return {
+        "connects": 0,
+        "steps": facts.steps + event.steps,
+        "tool_calls": facts.tool_calls + event.tool_calls,
+        **_counted(facts, event, turn),
+    }
+
+
 _CHANGES: Mapping[type[Event], Callable[[Facts, Any, Row, Rules], dict[str, Any]]] = types.MappingProxyType(
     {
         ev.RoleAssigned: lambda facts, event, _row, _rules: {
             "connects": facts.connects + 1,
             "assigned": facts.assigned + 1,
             "next": event.next,
+            "role": event.role,
         },
         ev.AcpOpened: lambda *_: {"link": "acp"},
         ev.FactoryOpened: lambda *_: {"link": "factory"},
         ev.ConnectFailed: lambda _facts, event, _row, rules: (
             {} if event.retryable else {"connects": rules.max_connects}
         ),
-        ev.Prompted: lambda facts, *_: {
+        ev.Prompted: lambda facts, event, *_: {
             "prompted": facts.prompted + 1,
+            "role": event.role,
+            "ledger": _entered(facts.ledger, Share(event.role, facts.prompted + 1)),
             "next": None,
             "ended_by": "",
             "failure": None,
@@ -342,13 +381,9 @@ _CHANGES: Mapping[type[Event], Callable[[Facts, Any, Row, Rules], dict[str, Any]
         ev.Lost: lambda *_: {"link": "gone"},
         ev.Unresponsive: lambda *_: {"link": "gone"},
         ev.Recovered: _gone,
-        ev.Captured: lambda facts, event, *_: {
-            "connects": 0,
-            "steps": facts.steps + event.steps,
-            "tool_calls": facts.tool_calls + event.tool_calls,
-            "usage": facts.usage + event.usage,
-        },
-        ev.Quiet: lambda facts, event, *_: {"link": "none", "usage": facts.usage + event.usage},
+        ev.Captured: _captured,
+        ev.Quiet: lambda facts, event, *_: {"link": "none", **_counted(facts, event)},
+        ev.Released: lambda facts, event, *_: _counted(facts, event),
         ev.VerifierFailed: lambda facts, *_: {"verifies": facts.verifies + 1},
         ev.Verified: lambda facts, event, *_: {"reward": event.reward, "failure": facts.failure},
     }

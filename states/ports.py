@@ -17,9 +17,11 @@ from states.events import (
     AcpOpened,
     BudgetSpent,
     FactoryOpened,
+    IdlePassed,
     Lost,
     Next,
     Settled,
+    Share,
     TurnEnded,
     TurnFailed,
     Usage,
@@ -256,15 +258,11 @@ class Agent(Protocol):
 
 
 class Role(Protocol):
-    """A role as handlers see it: its name and its limits. `None` means no such limit."""
+    """A role as handlers see it."""
 
     @property
     def name(self) -> str:
         """Its name in the scene."""
-
-    @property
-    def idle_sec(self) -> float | None:
-        """Longest silence in a turn."""
 
 
 class Segment(Protocol):
@@ -291,6 +289,10 @@ class Segment(Protocol):
     @property
     def tool_calls(self) -> int:
         """How many of them are tool calls."""
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was opened."""
 
     @property
     def sealed(self) -> Mapping[str, Any] | None:
@@ -327,8 +329,6 @@ class Seat:
     role: Role
     transport: Transport
     handle: SandboxHandle
-    usage: Usage = Usage()
-    """The gateway's count when it was assigned: what connecting uses is counted too."""
 
 
 @attrs.frozen
@@ -337,17 +337,19 @@ class Connection:
 
     seat: Seat
     session: Any
-    usage: Usage
-    """The gateway's count when this turn's usage started to be counted: the checkpoint."""
 
 
 @attrs.frozen
 class OpenTurn:
-    """Data of `executing`, `cancelling` and `capturing`: the prompt that is in flight and where it is written."""
+    """Data of `executing`, `cancelling` and `capturing`: the prompt that is in flight and where it is written.
+
+    `budgets` are the limits of this turn alone, by kind.
+    """
 
     connection: Connection
     segment: Segment
     inflight: Inflight
+    budgets: Mapping[str, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -400,6 +402,9 @@ class Meter(Protocol):
 
     def usage(self) -> Usage:
         """What was used so far; only grows."""
+
+    def shares(self) -> Sequence[Share]:
+        """The same by role and turn: whose key a call came with, and the turn of that role in which it began."""
 
     async def settle(self) -> Usage:
         """The same, after every call in flight has been counted."""
@@ -500,17 +505,20 @@ class World(Protocol):
     def seat(self, role: str, number: int) -> Seat:
         """A place for the `number`th connection of this rollout. Nothing is started."""
 
-    def segment(self, connection: Connection, number: int, text: str) -> Segment:
-        """Segment `number` of the trajectory, opened with its prompt."""
+    def segment(self, connection: Connection, number: int, decision: Next) -> Segment:
+        """Segment `number` of the trajectory, opened with its prompt. Usage counts for this turn from here on."""
 
     def recovered_segment(self, number: int) -> Segment:
         """The same segment, read back from disk by a new process."""
 
-    def budget(self, turn: OpenTurn) -> Sequence[Callable[[], Awaitable[BudgetSpent]]]:
-        """One wait for each budget that holds for this turn; it returns `BudgetSpent` when that is gone."""
+    def budget(self, turn: OpenTurn, facts: Facts) -> Sequence[Callable[[], Awaitable[BudgetSpent | IdlePassed]]]:
+        """What to wait for, of the budgets that hold for this turn; it returns the event when one is gone.
 
-    def time_left(self) -> float:
-        """Seconds until the rollout's own deadline; `math.inf` without one."""
+        Wall clock is not among them: it is the state's own deadline.
+        """
+
+    def spent(self, facts: Facts, role: str = "") -> str:
+        """Why no further turn may start, or none of this role: which budget is spent. Empty while it may."""
 
     async def first(self, *waits: Callable[[], Awaitable[T]]) -> T:
         """The result of the first wait to finish; the others are cancelled, the earliest listed wins a tie."""

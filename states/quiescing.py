@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import anyio
 
-from states.events import Quiet, Usage
-from states.ports import Connection, Rollout, Seat, World
+from states.counting import settled
+from states.events import Quiet
+from states.ports import Connection, Rollout, World
 
 CLOSE_SEC = 10.0
 SETTLE_SEC = 10.0
@@ -27,7 +28,8 @@ async def run(rollout: Rollout, world: World) -> Quiet:
         evidence += await world.leases.give_back(lease)
     for lease in world.leases.open("tests"):
         evidence += await world.leases.give_back(lease)
-    return Quiet(evidence, await _late_usage(connection, world))
+    usage, shares = await settled(rollout, world, SETTLE_SEC)
+    return Quiet(evidence, usage, shares)
 
 
 async def _closed(connection: Connection, world: World) -> tuple[str, ...]:
@@ -40,12 +42,3 @@ async def _closed(connection: Connection, world: World) -> tuple[str, ...]:
             return ()
     world.note(f"the session did not end within {CLOSE_SEC:g} s and was abandoned")
     return ()
-
-
-async def _late_usage(stage: object, world: World) -> Usage:
-    """What was used since the last seal, or since the role was assigned where no turn was sealed."""
-    if not isinstance(stage, Connection | Seat):
-        return Usage()
-    with anyio.move_on_after(SETTLE_SEC):
-        return await world.meter.settle() - stage.usage
-    return world.meter.usage() - stage.usage

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import anyio
 
+from states.counting import settled
 from states.events import Released
 from states.ports import Lease, Rollout, World
 
 COLLECT_SEC = 40.0
 LEASE_SEC = 30.0
+SETTLE_SEC = 10.0
 
 
 async def run(rollout: Rollout, world: World) -> Released:
@@ -18,6 +20,7 @@ async def run(rollout: Rollout, world: World) -> Released:
             await world.collect()
     except Exception as error:
         world.note(f"not everything was brought home: {type(error).__name__}: {error}")
+    usage, shares = await settled(rollout, world, SETTLE_SEC)
     given_back: list[Lease] = []
     leaked: list[Lease] = []
     kept: list[Lease] = []
@@ -26,7 +29,7 @@ async def run(rollout: Rollout, world: World) -> Released:
             kept.append(lease)
         else:
             (given_back if await _given_back(lease, world) else leaked).append(lease)
-    return Released(_names(given_back), _names(leaked), _names(kept))
+    return Released(_names(given_back), _names(leaked), _names(kept), usage, shares)
 
 
 def _names(leases: list[Lease]) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ async def run(rollout: Rollout, world: World) -> Prompted | RoleSwapped | PlanDo
     assert isinstance(connection, Connection), f"a session needs a connection, not {connection}"
     if by := world.held():
         return Paused(by)
-    if world.time_left() <= 0:
-        return PlanDone("the rollout's time is up")
+    if why := world.spent(rollout.facts):
+        return PlanDone(why)
     if rollout.facts.next is not None:
         return _act(rollout.facts.next, rollout, world, connection)
 
@@ -35,13 +35,15 @@ async def run(rollout: Rollout, world: World) -> Prompted | RoleSwapped | PlanDo
 
 
 def _act(decision: Next, rollout: Rollout, world: World, connection: Connection) -> Decided:
+    if decision.kind == "turn" and (why := world.spent(rollout.facts, decision.role)):
+        return PlanDone(why)
     match decision.kind:
         case "turn" if decision.role == connection.seat.role.name and not world.leaving:
             number = rollout.facts.prompted + 1
-            segment = world.segment(connection, number, decision.text)
+            segment = world.segment(connection, number, decision)
             inflight = connection.seat.transport.prepare(connection, segment, decision.text)
-            turn = OpenTurn(connection, segment, inflight)
-            return Prompted(number - 1, decision.role, decision.text, live=turn)
+            turn = OpenTurn(connection, segment, inflight, decision.budgets)
+            return Prompted(number - 1, decision.role, decision.text, decision.budgets, live=turn)
         case "turn":
             return RoleSwapped(decision)
         case "check":

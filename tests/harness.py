@@ -11,11 +11,11 @@ import anyio
 import attrs
 from scripted_peer import acp_agent
 
-from orchestrator import AgentConfig, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator import AgentConfig, Budgets, Role, Rollout, RolloutConfig, Scene, Turn
 from orchestrator.agents.scripted import ScriptedAgent
 from orchestrator.journal import event_data, to_json
 from orchestrator.sandboxes.fake import FakeSandbox
-from states.events import Event, Usage
+from states.events import Event, Share, Usage
 from states.journal import Transition, fold
 from states.ports import ExecResult
 
@@ -56,9 +56,21 @@ class FakeMeter:
     counted: Usage = Usage()
     failure: str | None = None
     error: Exception | None = None
+    turns: list[tuple[str, int]] = attrs.field(factory=lambda: [("", 0)])
+    used: dict[tuple[str, int], Usage] = attrs.field(factory=dict)
 
     def usage(self) -> Usage:
         return self.counted
+
+    def shares(self) -> tuple[Share, ...]:
+        """What came since the last look is of the turn that was begun last."""
+        new = self.counted - sum(self.used.values(), Usage())
+        self.used[self.turns[-1]] = self.used.get(self.turns[-1], Usage()) + new
+        return tuple(Share(role, turn, usage) for (role, turn), usage in self.used.items())
+
+    def turn_began(self, role: str, turn: int, _budgets: Budgets) -> None:
+        self.shares()
+        self.turns.append((role, turn))
 
     async def settle(self) -> Usage:
         return self.counted
@@ -180,10 +192,15 @@ def trace(rollout: Rollout) -> str:
 
 
 def _line(moved: Transition) -> str:
-    data = {k: v for k, v in event_data(moved.event).items() if k != "stderr" and _says_something(v)}
+    data = {k: v for k, v in event_data(moved.event).items() if k not in _untold(moved) and _says_something(v)}
     shown = json.dumps(_plain(data), sort_keys=True) if data else ""
     cause = "" if moved.cause == "handler" else f" ({moved.cause})"
     return f"{moved.source} --{moved.event.name}--> {moved.dest}{cause} {shown}".rstrip()
+
+
+def _untold(moved: Transition) -> tuple[str, ...]:
+    """What differs from run to run: an agent's last words, and how long a turn took."""
+    return ("stderr", "seconds") if moved.event.name == "Captured" else ("stderr",)
 
 
 def _says_something(value: Any) -> bool:

@@ -282,7 +282,8 @@ def canonical(position: m.Position, rules: m.Rules) -> m.Position:
             verifies=min(facts.verifies, rules.max_verifies + 1),
             prompted=min(facts.prompted, 1),
             tool_calls=min(facts.tool_calls, 1),
-            usage=ev.Usage(calls=min(facts.usage.calls, 1), input_tokens=min(facts.usage.tokens, 1)),
+            usage=(usage := ev.Usage(calls=min(facts.usage.calls, 1), input_tokens=min(facts.usage.tokens, 1))),
+            ledger=(ev.Share("", 1, usage),) if usage != ev.Usage() else (),
         ),
     )
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import FakeMeter
 
 from orchestrator.capture import TurnSegment, fold_trajectory, read_trajectory, recovered
 from orchestrator.journal import FileSink, MemorySink
@@ -31,7 +32,10 @@ async def test_a_turn_that_was_sealed_before_the_kill_is_not_sealed_again(tmp_pa
     segment.seal(complete=True, usage=Usage(calls=1, input_tokens=10))
     segment.started(SAID)
     rollout: Any = SimpleNamespace(stage=Vacant(), state="capturing/whole", facts=Facts(prompted=1))
-    world: Any = SimpleNamespace(recovered_segment=lambda number: recovered(tmp_path, number, FileSink(file)))
+    world: Any = SimpleNamespace(
+        recovered_segment=lambda number: recovered(tmp_path, number, FileSink(file)),
+        meter=FakeMeter(Usage(calls=1, input_tokens=10), turns=[("", 1)]),
+    )
     captured = await capturing.run(rollout, world)
     assert (captured.steps, captured.usage.input_tokens, captured.complete) == (2, 10, True)
     assert file.read_text().count('"sealed"') == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import AgentConfig, Budgets, ConfigError, Role, Rollout, RolloutConfig, Scene, Turn, Usage
+from orchestrator import AgentConfig, ConfigError, Role, Rollout, RolloutConfig, Scene, Turn
 
 SCRIPTED = AgentConfig("mine", "session-factory", session_factory="harness:build_agent", calls_model=False)
 CALLER = AgentConfig("caller", "session-factory", session_factory="harness:build_agent", api=("openai-chat",))
@@ -94,23 +94,6 @@ def test_one_agent_is_a_scene_of_one_turn():
     config = RolloutConfig(prompt="x", agent="noop", model="m", out="runs")
     assert config.the_scene() == Scene((Role("agent", "noop", "m"),), (Turn("agent"),))
     assert config.out == Path("runs")
-
-
-@pytest.mark.parametrize(
-    ("budgets", "usage", "calls", "kind"),
-    [
-        (Budgets(), Usage(input_tokens=10**9), 99, None),
-        (Budgets(tokens=10), Usage(input_tokens=6, output_tokens=3), 0, None),
-        (Budgets(tokens=10), Usage(input_tokens=6, output_tokens=4), 0, "tokens"),
-        (Budgets(cost=1.0), Usage(cost=1.0), 0, "cost"),
-        (Budgets(cost=1.0), Usage(cost=None), 0, None),
-        (Budgets(tool_calls=2), Usage(), 2, "tool_calls"),
-    ],
-)
-def test_a_budget_is_spent_when_its_limit_is_reached(budgets, usage, calls, kind):
-    """An unknown price is never over a limit."""
-    spent = budgets.spent(usage, calls)
-    assert (spent.kind if spent else None) == kind
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "-x", "two words", "ü"])

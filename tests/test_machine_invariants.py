@@ -40,8 +40,8 @@ CRASH = EXPIRY | {"executing": ev.Failed}
 
 def test_the_table_of_deadlines_fires_what_is_assumed_here():
     """So these checks speak about the deadlines that the kernel really keeps."""
-    assert {state: type(fires(FAILURE, 1.0)) for state, fires in deadlines.EXPIRY.items()} == EXPIRY
-    assert {state: type(deadlines.crashed(state, FAILURE, 1.0)) for state in m.LIVE} == CRASH
+    assert {state: type(fires(FAILURE, deadlines.Deadline(1.0))) for state, fires in deadlines.EXPIRY.items()} == EXPIRY
+    assert {state: type(deadlines.crashed(state, FAILURE, deadlines.Deadline(1.0))) for state in m.LIVE} == CRASH
     assert set(deadlines.DEADLINES) == set(m.LIVE)
 
 

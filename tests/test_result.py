@@ -15,7 +15,7 @@ from test_ways_out import NOT_THERE, WAYS, hooked
 import orchestrator
 from orchestrator.journal import encode_any
 from orchestrator.result import verdict_of
-from states.events import Failure, Usage
+from states.events import Failure, Share, Usage
 from states.journal import Folded, Header
 from states.machine import STATES, Facts, Position, Rules
 
@@ -71,6 +71,11 @@ def test_a_result_that_cannot_be_written_is_still_returned(tmp_path):
     assert "result.json cannot be written" in result.verdict.reason
 
 
+def turn(calls, failed):
+    """A turn whose calls used nothing."""
+    return Share("agent", 1, Usage(calls=calls, failed_calls=failed))
+
+
 def verdict(**facts):
     return verdict_of(Folded(Header("r1", Rules(), 0.0), Position("closed/failed", Facts(**facts))))
 
@@ -81,8 +86,16 @@ def verdict(**facts):
         ({"ending": "rewarded", "ended_by": "deadline"}, "agent", "verified; the last turn ended by deadline"),
         ({"ending": "rewarded"}, "agent", "none was taken"),
         ({"ending": "unverified"}, "agent", "the host has its own verifier"),
-        ({"ending": "void", "usage": Usage(calls=2, failed_calls=2)}, "provider", "all 2 model calls failed"),
-        ({"ending": "void", "usage": Usage(calls=2, failed_calls=1)}, "agent", "2 model calls, no tokens"),
+        (
+            {"ending": "void", "ledger": (turn(2, 2),)},
+            "provider",
+            "all 2 model calls failed",
+        ),
+        (
+            {"ending": "void", "ledger": (turn(2, 1),)},
+            "agent",
+            "2 model calls, no tokens",
+        ),
         ({"ending": "void"}, "agent", "0 model calls"),
         ({"ending": "cancelled"}, "operator", "cancelled"),
         ({"ending": "failed", "failure": Failure("sandbox", "SandboxError", "gone")}, "sandbox", "SandboxError: gone"),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import anyio
 import attrs
-import msgspec
 import pytest
 from anyio.from_thread import start_blocking_portal
 from harness import TRANSPORTS, FakeVerifier, build, drive, trace
@@ -22,7 +21,6 @@ from orchestrator.gateway.upstream import Upstream
 from orchestrator.sandboxes import _bwrap
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.scenes import (
-    BudgetTable,
     User,
     director_of,
     led_with_model,
@@ -104,9 +102,19 @@ def test_a_file_gives_the_roles_the_turns_and_the_settings_beside_them(tmp_path)
     assert RolloutConfig(scene=scene, prompt="x", **{key: config[key] for key in ("timeout", "policy", "env")})
 
 
-def test_every_budget_can_be_written():
-    """The table of a file and the library's value do not drift apart."""
-    assert {f.name for f in msgspec.structs.fields(BudgetTable)} <= {f.name for f in attrs.fields(Budgets)}
+def test_every_budget_of_every_scope_can_be_written(tmp_path):
+    """On the rollout, the scene, a role and a turn; what there is of them is what `Budgets` knows."""
+    limits = {"tokens": 10, "cost": 1.5, "tool_calls": 3, "turns": 2, "wall_sec": 60.0, "idle_sec": 5.0}
+    assert set(limits) == {field.name for field in attrs.fields(Budgets)}
+    table = "\n".join(f"{kind} = {limit}" for kind, limit in limits.items())
+    inline = ", ".join(f"{kind} = {limit}" for kind, limit in limits.items())
+    text = GOOD.replace("timeout = 60", "")
+    text = text.replace('agent = "minimal"', f'agent = "minimal"\nbudgets = {{ {inline} }}')
+    text = text.replace('role = "coder"', 'role = "coder"\nbudgets = { tokens = 7 }')
+    config = load_rollout(written(tmp_path, f"{text}[budgets]\n{table}\n[scene.budgets]\n{table}\n"))
+    assert config["budgets"] == config["scene"].budgets == config["scene"].roles[1].budgets == Budgets(**limits)
+    assert config["scene"].turns[0].budgets == Budgets(tokens=7)
+    assert config["scene"].roles[0].budgets == config["scene"].turns[1].budgets == Budgets()
 
 
 BAD = {
@@ -131,6 +139,20 @@ BAD = {
     "wrong_type": (GOOD.replace('name = "coder"', "name = 3"), "5: roles[0].name: expected str, found 3"),
     "wrong_word": (GOOD.replace('"deny"', '"never"'), "2: policy: expected one of allow, deny, ask, found 'never'"),
     "wrong_number": (GOOD.replace("timeout = 60", "timeout = 0"), "1: timeout: expected"),
+    "unknown_budget": (
+        GOOD + "[budgets]\ntokenz = 5\n",
+        "22: budgets.tokenz: no budget is called 'tokenz'; did you mean tokens?",
+    ),
+    "half_a_token": (GOOD + "[budgets]\ntokens = 0.5\n", "22: budgets.tokens: tokens must be a whole number > 0"),
+    "budget_of_a_role": (
+        GOOD.replace('agent = "minimal"', 'agent = "minimal"\nbudgets = { cost = -1 }'),
+        "11: roles[1].budgets.cost: cost must be a number > 0 or None, not -1",
+    ),
+    "turns_of_a_turn": (
+        GOOD.replace('role = "coder"', 'role = "coder"\nbudgets = { turns = 1 }'),
+        "14: turns[0].budgets.turns: a turn has no budget of turns: it is one",
+    ),
+    "time_twice": (GOOD + "[budgets]\nwall_sec = 5\n", "22: budgets.wall_sec: there is a timeout too"),
     "bad_name": (GOOD.replace('name = "coder"', 'name = "../x"'), "5: roles[0].name: expected str matching"),
     "nobody_plays_it": (
         GOOD.replace('agent = "minimal-acp"\n', ""),

@@ -126,7 +126,12 @@ def test_an_error_says_its_kind_where_it_says_nothing_or_cannot():
 
 def test_what_was_not_handed_over_says_so_and_is_no_data():
     assert repr(ABSENT) == "ABSENT"
-    assert ev.Prompted(0, "agent", "Do it.", live=object()).data() == {"turn": 0, "role": "agent", "text": "Do it."}
+    assert ev.Prompted(0, "agent", "Do it.", live=object()).data() == {
+        "turn": 0,
+        "role": "agent",
+        "text": "Do it.",
+        "budgets": {},
+    }
 
 
 def test_a_sandbox_that_is_kept_is_not_given_back(transport):

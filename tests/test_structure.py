@@ -15,7 +15,7 @@ import pytest
 
 from states import events as ev
 from states import machine as m
-from states.deadlines import EXPIRY, crashed
+from states.deadlines import EXPIRY, Deadline, crashed
 from states.errors import IllegalTransition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,12 +280,15 @@ def test_a_handler_returns_exactly_the_events_of_its_rows(state):
 @pytest.mark.parametrize("state", m.LIVE)
 def test_deadlines_and_crashes_fire_what_the_test_of_handlers_takes_away(state):
     failure = ev.Failure("harness", "E", "e")
-    assert {type(EXPIRY[state](failure, 1.0)), type(crashed(state, failure, 1.0))} == FIRED_BY_THE_KERNEL[state]
+    assert {
+        type(EXPIRY[state](failure, Deadline(1.0))),
+        type(crashed(state, failure, Deadline(1.0))),
+    } == FIRED_BY_THE_KERNEL[state]
 
 
 def test_each_live_state_has_one_file_and_each_file_is_used():
     """Beside the files that are not states."""
-    others = {"__init__", "deadlines", "errors", "events", "journal", "machine", "ports"}
+    others = {"__init__", "counting", "deadlines", "errors", "events", "journal", "machine", "ports"}
     assert {path.stem for path in STATES} - others == set(HANDLERS.values())
     assert set(HANDLERS) == set(m.LIVE)
 

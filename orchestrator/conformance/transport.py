@@ -24,14 +24,15 @@ import anyio
 import attrs
 
 from orchestrator.agents.scripted import Backstage
+from orchestrator.budgets import Budgets
 from orchestrator.capture import RecordedSegment, read_trajectory
-from orchestrator.config import Budgets, Role, RolloutConfig, Scene, Turn
+from orchestrator.config import Role, RolloutConfig, Scene, Turn
 from orchestrator.conformance.clauses import Clause, same, true
 from orchestrator.journal import encode_any, to_json
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes.fake import Call, FakeSandbox
 from states.errors import SandboxError
-from states.events import Usage
+from states.events import Captured, Share, Usage
 from states.journal import Note, Record, Transition
 from states.ports import AskUserRequest, ExecResult
 
@@ -63,10 +64,23 @@ class FixedMeter:
     """What a gateway would have counted, set by a clause. A `states.ports.Meter`."""
 
     counted: Usage = Usage()
+    _turns: list[tuple[str, int]] = attrs.field(factory=lambda: [("", 0)], init=False)
+    _used: dict[tuple[str, int], Usage] = attrs.field(factory=dict, init=False)
 
     def usage(self) -> Usage:
         """So far."""
         return self.counted
+
+    def shares(self) -> tuple[Share, ...]:
+        """So far; what came since the last look is of the turn that began last."""
+        new = self.counted - sum(self._used.values(), Usage())
+        self._used[self._turns[-1]] = self._used.get(self._turns[-1], Usage()) + new
+        return tuple(Share(role, turn, usage) for (role, turn), usage in self._used.items())
+
+    def turn_began(self, role: str, turn: int, _budgets: Budgets) -> None:
+        """What is counted from here on is of this turn."""
+        self.shares()
+        self._turns.append((role, turn))
 
     async def settle(self) -> Usage:
         """So far."""
@@ -272,6 +286,8 @@ def _alike(value: Any, key: str = "") -> Any:
 def _told_alike(record: Record) -> Any:
     if isinstance(record, Note):
         return "note"
+    if isinstance(record, Transition) and isinstance(record.event, Captured):  # how long a turn took differs
+        record = attrs.evolve(record, event=attrs.evolve(record.event, seconds=0.0))
     return _alike(json.loads(encode_any(to_json(record))))
 
 

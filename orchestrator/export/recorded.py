@@ -227,13 +227,17 @@ def recorded(source: Source) -> Recorded:
     records = read_journal(folder)
     calls = tuple(_calls(folder))
     moves = [record for record in records if isinstance(record, Transition)]
+    used = {share.turn: share.usage for share in story.result.usage.by_turn}
     return Recorded(
         folder=folder,
         about=story.about,
         result=story.result,
         records=tuple(records),
         visits=story.visits,
-        turns=_turns(read_trajectory(folder), moves, calls, records[-1].time),
+        turns=tuple(
+            attrs.evolve(turn, usage=used.get(turn.number, turn.usage))
+            for turn in _turns(read_trajectory(folder), moves, calls, records[-1].time)
+        ),
         calls=calls,
         agents=_agents(moves),
     )
@@ -251,6 +255,8 @@ def _calls(folder: Path) -> Iterable[Call]:
             if line.endswith(b"}"):
                 raise JournalError(f"{file}: not a line of it: {line[:120]!r}") from error
     for whole in expand(lines):
+        if whole.get("via") == "refused":  # a budget was spent: no model heard of it
+            continue
         try:
             yield Call.of(whole)
         except (LookupError, TypeError, ValueError) as error:

@@ -1,5 +1,9 @@
 """The three wire formats as a gateway reads them: what a reply used, what a stream adds up to, how an error looks.
 
+`refusal` is the HTTP status of a call that is not made because there is nothing left to pay it with: the one at which
+the format's clients give up at once. (Codex tries a 402 again five times, in seven seconds, and fast-agent once, after
+ten; Claude Code tries a 400 again five times.)
+
 Pure functions over parsed JSON. `usage` normalises to the OpenTelemetry GenAI sense: `input_tokens` includes cached
 ones, which Anthropic counts apart. `fold` turns the events of a stream into the reply that a plain call would have
 had, so that everything else reads one shape.
@@ -21,9 +25,16 @@ Api = Literal["openai-chat", "openai-responses", "anthropic-messages"]
 """A wire format: how a client asks and how a provider answers."""
 
 _ERROR_TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 501: "not_implemented_error", 529: "overloaded_error",
 }  # fmt: skip
+
+
+LEAST_OUTPUT = 16
+"""The lowest output limit that providers take."""
+LEAST_THINKING = 1024
+"""The lowest thinking budget that Anthropic takes; it lies below the output limit, which thinking counts against."""
 
 
 @attrs.frozen
@@ -41,6 +52,18 @@ class ChatFormat:
     api: ClassVar[Api] = "openai-chat"
     path: ClassVar[str] = "/v1/chat/completions"
     interned: ClassVar[tuple[str, ...]] = ("messages", "tools")
+    refusal: ClassVar[int] = 400
+
+    def output_limit(self, request: JSON) -> int | None:
+        """How many tokens the request wants to be written at most, all its choices together; None without a limit."""
+        given = [request[name] for name in _CHAT_LIMITS if _is_count(request.get(name))]
+        return min(given) * _choices(request) if given else None
+
+    def limited(self, request: JSON, most: int, name: str = "max_tokens") -> JSON:
+        """The same request with at most so many. `name` is the server's word, where the request has none of its own."""
+        each = max(LEAST_OUTPUT, most // _choices(request))
+        names = [name for name in _CHAT_LIMITS if _is_count(request.get(name))] or [name]
+        return request | {name: min(each, request[name]) if request.get(name) else each for name in names}
 
     def usage(self, reply: JSON) -> Usage | None:
         """The tokens of a reply; None when it does not say."""
@@ -77,6 +100,16 @@ class ResponsesFormat:
     api: ClassVar[Api] = "openai-responses"
     path: ClassVar[str] = "/v1/responses"
     interned: ClassVar[tuple[str, ...]] = ("instructions", "input", "tools")
+    refusal: ClassVar[int] = 400
+
+    def output_limit(self, request: JSON) -> int | None:
+        """How many tokens the request wants to be written at most, reasoning included; None without a limit."""
+        found = request.get("max_output_tokens")
+        return found if _is_count(found) else None
+
+    def limited(self, request: JSON, most: int, _name: str = "") -> JSON:
+        """The same request with at most so many."""
+        return {**request, "max_output_tokens": max(LEAST_OUTPUT, most)}
 
     def usage(self, reply: JSON) -> Usage | None:
         """The tokens of a reply; None when it does not say."""
@@ -114,6 +147,24 @@ class MessagesFormat:
     api: ClassVar[Api] = "anthropic-messages"
     path: ClassVar[str] = "/v1/messages"
     interned: ClassVar[tuple[str, ...]] = ("system", "messages", "tools")
+    refusal: ClassVar[int] = 402
+
+    def output_limit(self, request: JSON) -> int | None:
+        """How many tokens the request wants to be written at most, thinking included; None without a limit."""
+        found = request.get("max_tokens")
+        return found if _is_count(found) else None
+
+    def limited(self, request: JSON, most: int, _name: str = "") -> JSON:
+        """The same request with at most so many; thinking gets half of them, or none where that is too little."""
+        most = max(LEAST_OUTPUT, most)
+        request = {**request, "max_tokens": most}
+        thinking = request.get("thinking")
+        if not isinstance(thinking, dict) or not _is_count(thinking.get("budget_tokens")):
+            return request
+        if most > LEAST_THINKING:
+            budget = min(thinking["budget_tokens"], max(LEAST_THINKING, most // 2))
+            return {**request, "thinking": {**thinking, "budget_tokens": budget}}
+        return _without_thinking(request)
 
     def usage(self, reply: JSON) -> Usage | None:
         """The tokens of a reply; None when it does not say."""
@@ -191,6 +242,31 @@ def json_object(raw: bytes) -> JSON | None:
     except (msgspec.DecodeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+_CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
+"""Today's word and the one before: servers of this format know one of them, or both."""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _choices(request: JSON) -> int:
+    wanted = request.get("n")
+    return max(1, wanted) if isinstance(wanted, int) else 1
+
+
+def _without_thinking(request: JSON) -> JSON:
+    """A request that does not think; the provider refuses to clear thinking in one that does none."""
+    request = {**request, "thinking": {"type": "disabled"}}
+    management = request.get("context_management")
+    if isinstance(management, dict) and isinstance(management.get("edits"), list):
+        kept = [edit for edit in management["edits"] if "thinking" not in str(edit)]
+        request["context_management"] = {**management, "edits": kept}
+        if not kept:
+            del request["context_management"]
+    return request
 
 
 def _usage(given: Any, made: Any, read: Any, written: Any) -> Usage:

@@ -1,8 +1,21 @@
-"""One rollout's view of the gateway: its keys, the sum of what its calls used, and its lines of `llm.jsonl`."""
+"""One rollout's view of the gateway: its keys, who used what, what may still be used, and its lines of `llm.jsonl`.
+
+Before a call is made it is held against the budgets of tokens and cost that hold for whoever makes it:
+
+- Spent: it is refused, and no provider hears of it.
+- Otherwise its output limit is at most what is left, so that nothing is overspent but by what goes in.
+- What calls in flight may still write is set aside. A call that would be cut short only by that waits for them.
+
+So what is spent when the last call is over exceeds a budget by no more than the input of the calls that were in flight
+when it was reached, which is one call for an agent that makes one at a time (and by 15 tokens, as providers take no
+output limit under 16). Only a model of which nobody knows how much it can write (`Upstream.max_output`) can exceed
+that, for a client that sets no limit itself: until so much is left, it is expected to write `LONGEST` at most.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -10,14 +23,18 @@ from typing import Any
 
 import attrs
 
-from orchestrator.gateway.formats import Format
+from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, limits_of
+from orchestrator.gateway.formats import LEAST_OUTPUT, Format
 from orchestrator.gateway.llm_log import Interner, redact
 from orchestrator.gateway.upstream import Upstream
 from states.errors import OrchestratorError
-from states.events import Usage
+from states.events import Share, Usage
 
 JSON = dict[str, Any]
 Sink = Callable[[JSON], None]
+
+LONGEST = 16_384
+"""Tokens that a call may write which sets no limit, of a model of which no limit is known."""
 
 _AGENTS_OWN = frozenset({400, 413, 422})
 """A provider that answers this has not failed: the agent asked for something that cannot be."""
@@ -38,12 +55,19 @@ class Call:
 
     `chunks` are the bytes of a stream as they came. Where LiteLLM makes the call, what it asks of the provider comes
     back through this gateway: those are its `legs`, each a call with this one as `parent`, and usage is read there.
+    `turn` is the turn of its role in which it began, `limits` are the budgets that hold for it, `most` is what it may
+    write, `lowered` the same where that is less than it asked for. `refused` says why nobody was called.
     """
 
     grant: Grant
     format: Format
     request: JSON
     number: int
+    turn: int = 0
+    limits: tuple[Limit, ...] = ()
+    most: int = 0
+    lowered: int | None = None
+    refused: str | None = None
     via: str = "passthrough"
     began: float = attrs.field(factory=time.time)
     clock: float = attrs.field(factory=time.perf_counter)
@@ -77,6 +101,8 @@ class Call:
 
     def counted(self) -> Usage:
         """What this call adds to the sums. An unknown price makes the sum of costs unknown."""
+        if self.refused:
+            return Usage()
         if self.usage is None:
             return Usage(1, 1, cost=0.0) if self.failed else Usage(1, cost=None)
         return attrs.evolve(self.usage, calls=1, failed_calls=int(self.failed))
@@ -90,12 +116,22 @@ class RolloutMeter:
     """
 
     def __init__(
-        self, rollout_id: str, upstream: Upstream, sink: Sink, *, grants: dict[str, Grant], drain_sec: float
+        self,
+        rollout_id: str,
+        upstream: Upstream,
+        sink: Sink,
+        *,
+        grants: dict[str, Grant],
+        drain_sec: float,
+        limits: Limits,
     ) -> None:
-        self.rollout_id = rollout_id
+        self.rollout_id, self.limits = rollout_id, limits
         self._upstream, self._sink, self._grants, self._drain_sec = upstream, sink, grants, drain_sec
         self._keys: dict[tuple[str, Upstream], str] = {}
-        self._sums: dict[str, Usage] = {}
+        self._used: dict[tuple[str, int], Usage] = {}
+        self._turns: dict[str, tuple[int, tuple[Limit, ...]]] = {}
+        self._admitted: set[Call] = set()
+        self._freed = asyncio.Event()
         self._seen = Interner()
         self._number = 0
         self._inflight: set[asyncio.Task[Any]] = set()
@@ -128,8 +164,15 @@ class RolloutMeter:
 
     def usage(self, role: str | None = None) -> Usage:
         """What was used so far, by one role or by all; it only grows."""
-        sums = self._sums.values() if role is None else (self._sums.get(role, Usage()),)
-        return sum(sums, Usage())
+        return sum((used for (who, _), used in self._used.items() if role in (None, who)), Usage())
+
+    def shares(self) -> tuple[Share, ...]:
+        """The same by role and turn."""
+        return tuple(Share(role, turn, used) for (role, turn), used in self._used.items())
+
+    def turn_began(self, role: str, turn: int, budgets: Budgets) -> None:
+        """From here on calls with this role's key are of this turn, which has budgets of its own."""
+        self._turns[role] = turn, limits_of("turn", budgets, str(turn))
 
     async def settle(self) -> Usage:
         """The usage once every call in flight is counted, or after a little more than the gateway's `drain_sec`."""
@@ -165,7 +208,40 @@ class RolloutMeter:
     def began(self, grant: Grant, form: Format, request: JSON) -> Call:
         """A call came in."""
         self._number += 1
-        return Call(grant, form, request, self._number)
+        turn, own = self._turns.get(grant.role, (0, ()))
+        limits = tuple(limit for limit in (*self.limits.holding(grant.role), *own) if limit.kind in METERED)
+        return Call(grant, form, request, self._number, turn, limits)
+
+    async def admit(self, call: Call) -> Gone | None:
+        """Wait until a call may be made, and set aside what it may write; the budget that is spent if it may not."""
+        if not call.limits:
+            return None
+        call.refused = "its client was gone before it could begin"
+        asked = call.format.output_limit(call.request)
+        expected = next(each for each in (asked, call.grant.upstream.max_output, LONGEST) if each is not None)
+        while True:
+            if gone := next(self.limits.gone(call.limits, self.shares()), None):
+                call.refused = str(gone)
+                return gone
+            most = min(expected, self._left(call))
+            if most <= self._left(call, self._admitted):
+                break
+            await self._freed.wait()
+        call.refused, call.most = None, expected
+        if most < expected:
+            call.most = call.lowered = max(LEAST_OUTPUT, int(most))
+        self._admitted.add(call)
+        return None
+
+    def _left(self, call: Call, others: Iterable[Call] = ()) -> float:
+        """How many tokens a call may write until one of its budgets is spent, if `others` write all they may."""
+        shares, left = self.shares(), math.inf
+        for limit in call.limits:
+            spent = self.limits.amount(limit, shares) or 0.0
+            spent += sum(other.most * _each(other, limit) for other in others if limit in other.limits)
+            if each := _each(call, limit):
+                left = min(left, (limit.limit - spent) // each)
+        return left
 
     def track(self, task: asyncio.Task[Any]) -> None:
         """`settle` waits for this task."""
@@ -176,22 +252,17 @@ class RolloutMeter:
         """Count a call and write its line. A sink that fails is remembered in `error`: the agent's call is answered."""
         if call.legs:
             call.usage = _sum(leg.usage for leg in call.legs)
-        role, price = call.grant.role, call.grant.upstream.prices
+        self._admitted.discard(call)
+        account, price = (call.grant.role, call.turn), call.grant.upstream.prices
         if call.usage is not None and price:
             call.usage = attrs.evolve(call.usage, cost=price.cost(call.usage))
-        self._sums[role] = self._sums.get(role, Usage()) + call.counted()
+        if not call.refused:
+            self._used[account] = self._used.get(account, Usage()) + call.counted()
+        self._freed.set()
+        self._freed = asyncio.Event()
         call.error = redact(call.error, [*self._keys.values(), *call.grant.upstream.secrets])
-        if call.own_error:
-            self._own_failure = call.own_error
-        elif call.failed and call.hung_up:
-            pass  # its client went away, as it does when its turn is cancelled: that says nothing of the provider
-        elif call.failed:
-            answered = f"HTTP {call.status}" if call.status else "no answer"
-            self._last_failure = call.status, f"{answered} from {call.grant.upstream.model}: {call.error}"
-        else:
-            self._last_failure = None
-            if not call.hung_up:  # else nobody heard the answer: what kept it from its agent is still to be said
-                self._own_failure = None
+        if not call.refused:  # nobody was called, so nobody failed
+            self._judge(call)
         try:
             self._sink(self._line(call))
         except OrchestratorError as error:
@@ -201,6 +272,18 @@ class RolloutMeter:
             wrapped.__cause__ = error
             self._sink_error = self._sink_error or wrapped
 
+    def _judge(self, call: Call) -> None:
+        """Remember who failed; a call that succeeds makes up for those before it."""
+        if call.own_error:
+            self._own_failure = call.own_error
+        elif call.failed and call.hung_up:
+            pass  # its client went away, as it does when its turn is cancelled: that says nothing of the provider
+        elif call.failed:
+            answered = f"HTTP {call.status}" if call.status else "no answer"
+            self._last_failure = call.status, f"{answered} from {call.grant.upstream.model}: {call.error}"
+        else:
+            self._last_failure = self._own_failure = None
+
     def _line(self, call: Call) -> JSON:
         secret = [*self._keys.values(), *call.grant.upstream.secrets]
         keys, used = call.format.interned, call.usage
@@ -208,14 +291,16 @@ class RolloutMeter:
         return {
             "call": call.number,
             "role": call.grant.role,
+            "turn": call.turn,
             "time": call.began,
             "latency_sec": round(time.perf_counter() - call.clock, 6),
             "first_byte_sec": call.first_byte_sec and round(call.first_byte_sec, 6),
             "api": call.format.api,
-            "via": call.via,
+            "via": "refused" if call.refused else call.via,
             "model": said["request"].get("model"),
             "upstream_model": call.grant.upstream.model,
             "streamed": call.streamed,
+            "lowered_to": call.lowered,
             "hung_up": call.hung_up,
             "status": call.status,
             "usage": used and attrs.asdict(used, filter=lambda a, _: a.name not in {"calls", "failed_calls"}),
@@ -223,6 +308,14 @@ class RolloutMeter:
             "request": self._seen.compact(said["request"], keys),
             "response": said["response"] and self._seen.compact(said["response"], keys),
         }
+
+
+def _each(call: Call, limit: Limit) -> float:
+    """What one more token of output takes of a budget."""
+    if limit.kind == "tokens":
+        return 1.0
+    prices = call.grant.upstream.prices
+    return prices.dearest_output if prices else 0.0
 
 
 def _sum(usages: Iterable[Usage | None]) -> Usage | None:

@@ -63,6 +63,11 @@ class Prices:
         tiers = tuple((step * 1000, cls._of(entry, f"_above_{step}k_tokens", base)) for step in steps)
         return attrs.evolve(base, tiers=tiers)
 
+    @property
+    def dearest_output(self) -> float:
+        """The most that a token of output costs, whatever the call's size."""
+        return max([self.output, *(prices.output for _, prices in self.tiers)])
+
     @classmethod
     def _of(cls, entry: dict[str, Any], suffix: str, base: Prices | None = None) -> Self:
         """The prices under names with this suffix, those of `base` where there are none."""
@@ -76,6 +81,14 @@ class Prices:
             price("cache_read_input_token_cost", base and base.cache_read),
             price("cache_creation_input_token_cost", base and base.cache_creation),
         )
+
+
+def most_output(model: str) -> int | None:
+    """How many tokens a model (`openai/gpt-x`, `gpt-x`) can write in one reply; None where that is unknown."""
+    table = _table()
+    entry = table.get(model) or table.get(model.partition("/")[2]) or {}
+    found = entry.get("max_output_tokens")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 @lru_cache(maxsize=1)

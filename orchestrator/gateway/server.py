@@ -33,6 +33,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from orchestrator.budgets import Gone, Limits
 from orchestrator.gateway.formats import CHAT, FORMATS, MESSAGES, Format, error_message, json_object
 from orchestrator.gateway.litellm_child import SETTINGS
 from orchestrator.gateway.litellm_process import LeaseBook, LitellmProcess
@@ -55,6 +56,9 @@ _TO_UPSTREAM = (
 )  # fmt: skip
 _TO_CLIENT = ("Content-Type", "Retry-After", "retry-after-ms", "x-should-retry", "request-id", "x-request-id")
 """Headers that pass. All others stay: an agent must not steer the provider, nor read the account's limits."""
+
+NO_LIMITS = Limits()
+PAYMENT_REQUIRED = 402
 
 _WHOSE_KEY = "unknown or revoked key: this gateway takes the key of a running rollout"
 _SOCKET_PATH_MAX = 107
@@ -145,15 +149,16 @@ class Gateway:
     async def __aexit__(self, *_exc: object) -> None:
         await self.stop()
 
-    def open(self, rollout_id: str, *, upstream: Upstream, sink: Sink) -> RolloutMeter:
+    def open(self, rollout_id: str, *, upstream: Upstream, sink: Sink, limits: Limits = NO_LIMITS) -> RolloutMeter:
         """Let a rollout in.
 
         Args:
             rollout_id: Whose calls these will be.
             upstream: The model that its roles talk to; `RolloutMeter.key_for` takes another one for a role.
             sink: Gets one dict a call, the lines of `llm.jsonl`, in the order in which calls end.
+            limits: What may be spent; those of tokens and cost are kept here.
         """
-        return RolloutMeter(rollout_id, upstream, sink, grants=self._grants, drain_sec=self._drain_sec)
+        return RolloutMeter(rollout_id, upstream, sink, grants=self._grants, drain_sec=self._drain_sec, limits=limits)
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -210,6 +215,8 @@ class Gateway:
     async def _drive(self, call: Call, raw: bytes, request: web.Request) -> web.StreamResponse:
         """Make one call, whatever happens to its client, and count it."""
         try:
+            if not call.parent and (gone := await call.grant.meter.admit(call)):
+                return _spent(call, gone)
             answer = await self._pass(call, raw, request)
             await self._end_legs(call, self._drain_sec)
             return answer
@@ -252,6 +259,8 @@ class Gateway:
         hide_usage, body = False, call.request
         if body.get("model") != call.grant.upstream.model:
             body = {**body, "model": call.grant.upstream.model}
+        if (most := _lowered(call)) is not None:
+            body = call.format.limited(body, most, call.grant.upstream.chat_limit)
         if call.format is CHAT and call.streamed and not asks_usage(body):
             hide_usage = True
             body = {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
@@ -367,6 +376,21 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _lowered(call: Call) -> int | None:
+    """The output limit to put on a call; None leaves its own. What LiteLLM asks for a call gets no more than that."""
+    if call.parent is None or call.parent.lowered is None:
+        return call.lowered
+    asked = call.format.output_limit(call.request)
+    return call.parent.lowered if asked is None or asked > call.parent.lowered else None
+
+
+def _spent(call: Call, gone: Gone) -> web.Response:
+    """A budget is spent: said as a provider says that the account is empty, which nobody tries again."""
+    call.status, call.error = call.format.refusal, f"{gone}: no further model call is made. Stop here."
+    body = call.format.error(PAYMENT_REQUIRED, call.error)
+    return web.json_response(body, status=call.status, headers={"x-should-retry": "false"})
 
 
 def _key(request: web.Request) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from orchestrator.gateway.formats import FORMATS, Api
-from orchestrator.gateway.prices import Prices
+from orchestrator.gateway.prices import Prices, most_output
 from states.errors import ConfigError, MissingExtra
 
 OPENAI: frozenset[Api] = frozenset({"openai-chat", "openai-responses"})
@@ -101,7 +101,8 @@ class Upstream:
     `base_url` follows the provider's own custom: OpenAI's ends in `/v1`, Anthropic's does not (either is understood).
     Calls in a format among `apis` pass through; others, and all when `apis` is empty, are made by LiteLLM under
     `litellm_model`, which is derived where it is not given, with `litellm_settings` (a mapping, such as
-    `{"aws_region_name": "eu-west-1"}`) as further arguments.
+    `{"aws_region_name": "eu-west-1"}`) as further arguments. `prices` are for budgets of cost; `max_output` is how many
+    tokens the model can write in one reply, None where nobody knows.
 
     >>> Upstream("m", "http://127.0.0.1:8000", ["openai-chat"], api_key="secret").url("openai-chat")
     'http://127.0.0.1:8000/v1/chat/completions'
@@ -114,6 +115,7 @@ class Upstream:
     litellm_model: str = ""
     litellm_settings: tuple[tuple[str, str], ...] = attrs.field(default=(), converter=_pairs, repr=False)
     prices: Prices | None = attrs.field(default=None, kw_only=True)
+    max_output: int | None = attrs.field(default=None, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if unknown := self.apis - set(FORMATS):
@@ -146,11 +148,11 @@ class Upstream:
             raise ConfigError(f"model {model} needs {' or '.join(provider.keys)}, which is not set")
         base_url = env.get(f"{_variable(prefix)}_BASE_URL") or provider.base_url
         spoken = provider.apis if apis is None else frozenset(apis)
-        prices = Prices.known(model)
+        known: dict[str, Any] = {"prices": Prices.known(model), "max_output": most_output(model)}
         if not spoken:
             settings = {ours: env[theirs] for ours, theirs in provider.settings.items() if env.get(theirs)}
-            return cls(name, base_url, api_key=key, litellm_model=model, litellm_settings=settings, prices=prices)
-        return cls(name, base_url, spoken, key, prices=prices)
+            return cls(name, base_url, api_key=key, litellm_model=model, litellm_settings=settings, **known)
+        return cls(name, base_url, spoken, key, **known)
 
     def check(self, apis: Collection[Api]) -> None:
         """Raise `MissingExtra` when an agent that speaks only `apis` cannot call this model for want of litellm."""
@@ -178,6 +180,12 @@ class Upstream:
         base, path = self.base_url.rstrip("/"), path or FORMATS[api].path
         versioned = base.endswith("/v1") if api == "anthropic-messages" else bool(urlsplit(base).path)
         return base + (path.removeprefix("/v1") if versioned else path)
+
+    @property
+    def chat_limit(self) -> str:
+        """What this server calls the output limit of a chat completion: OpenAI's own has dropped the older word."""
+        host = urlsplit(self.base_url).hostname or ""
+        return "max_completion_tokens" if host.endswith("openai.com") else "max_tokens"
 
     @property
     def secrets(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from orchestrator.transports.acp_steps import NOWHERE, Recorder
 from orchestrator.transports.acp_wire import MAX_LINE, MAX_OUTPUT, Peer
 from orchestrator.transports.inflight import PromptTask, Turn, settled
 from states.errors import AgentError, AgentLost, ConfigError, ConnectError, SandboxError
-from states.events import AcpOpened, Failure, Lost, Settled, TurnEnded, TurnFailed, Usage
+from states.events import AcpOpened, Failure, Lost, Settled, TurnEnded, TurnFailed
 from states.ports import AskHandler, ByteChannel, Connection, OpenTurn, Seat, Segment
 
 PROTOCOL_VERSION = 1
@@ -284,7 +284,7 @@ class AcpTransport:
         except BaseException:
             peer.end()
             raise
-        return AcpOpened(session.session_id, session.agent, live=Connection(seat, session, Usage()))
+        return AcpOpened(session.session_id, session.agent, live=Connection(seat, session))
 
     async def _spawn(self, seat: Seat) -> ByteChannel:
         await seat.handle.open()

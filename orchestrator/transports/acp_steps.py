@@ -69,6 +69,7 @@ class Unplaced:
     number: int = 0
     steps: int = 0
     tool_calls: int = 0
+    seconds: float = 0.0
     sealed: Mapping[str, Any] | None = None
 
     def started(self, step: Mapping[str, Any]) -> int:  # noqa: ARG002

@@ -24,7 +24,7 @@ from orchestrator.transports.gate import GatedHandle
 from orchestrator.transports.inflight import PromptTask, Turn, settled
 from orchestrator.transports.steps import StepReader
 from states.errors import AgentError, ConfigError, ConnectError, ProviderError, SandboxError, said
-from states.events import FactoryOpened, Lost, Settled, TurnEnded, TurnFailed, Usage
+from states.events import FactoryOpened, Lost, Settled, TurnEnded, TurnFailed
 from states.ports import AskUserRequest, Connection, OpenTurn, Seat, Segment, Session
 
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class SessionFactoryTransport:
         self._bind(live)
         gate.close()
         kind = type(session).__qualname__
-        return FactoryOpened(_session_id(session, seat), kind, live=Connection(seat, live, Usage()))
+        return FactoryOpened(_session_id(session, seat), kind, live=Connection(seat, live))
 
     def _bind(self, live: LiveSession) -> None:
         """Take our places in a foreign session, checking that it is one."""

@@ -367,7 +367,7 @@ def test_usage_is_told_by_role_with_its_price(folder):
     usage = TrackedUsage("metered", "", spent, {"coder": spent, "reviewer": Usage(cost=None)})
     text = tell_shortly(attrs.evolve(story, result=attrs.evolve(story.result, usage=usage)))
     assert "usage     3 calls (1 failed), 12,000 tokens in (900 cached), 34 out, $0.0200" in text
-    assert "coder: 3 calls, 12,034 tokens" in text
+    assert "coder: 3 model calls, 12,034 tokens, $0.0200" in text
     unknown = TrackedUsage("metered", "", Usage(cost=None))
     text = tell_shortly(attrs.evolve(story, result=attrs.evolve(story.result, usage=unknown)))
     assert "price unknown" in text
