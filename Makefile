@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto
-EXTRAS := litellm,pydantic-ai,mini-swe-agent,docker
+EXTRAS := daytona-sdk,docker,litellm,mini-swe-agent,pydantic-ai
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-all demo test test-all cov check format diagrams bench clean
@@ -28,13 +28,13 @@ demo: install ## both transports solve the demo task, isolated, metered, verifie
 	$(BIN)/python -m orchestrator.demo
 
 test: install ## everything that needs no further download: a few minutes on two cores
-	$(PYTEST) -m 'not agents and not hosts and not litellm and not slow'
+	$(PYTEST) -m 'not agents and not daytona and not hosts and not litellm and not slow'
 
 test-all: install-all ## everything; ROLLOUT_REQUIRE=agents makes a missing real agent a failure
 	$(PYTEST)
 
 cov: install ## branch coverage of the machine and its handlers, which is 100 %
-	$(PYTEST) -m 'not agents and not hosts and not litellm and not slow' --cov=states --cov-branch --cov-report=term-missing --cov-fail-under=100
+	$(PYTEST) -m 'not agents and not daytona and not hosts and not litellm and not slow' --cov=states --cov-branch --cov-report=term-missing --cov-fail-under=100
 
 check: install ## format, lint, strict types, diagrams as the table draws them
 	$(BIN)/ruff format --check .

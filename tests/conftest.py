@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import docker_images
 import pytest
 from requirements import missing
@@ -38,3 +40,31 @@ def docker_image():
             missing("docker", str(error))
 
     return get
+
+
+@pytest.fixture(params=["loopback", pytest.param("live", marks=pytest.mark.daytona_live)])
+async def daytona_service(request, anyio_backend, tmp_path, monkeypatch):
+    """A Daytona service: the one on loopback, and with `-m daytona_live` the one that the environment names."""
+    if importlib.util.find_spec("daytona") is None:
+        missing("daytona", "daytona is not installed: make install-all")
+    from daytona_stand import Service
+
+    if request.param == "live":
+        yield Service.live()
+        return
+    from daytona_server import DaytonaServer
+
+    (tmp_path / "service").mkdir()
+    async with DaytonaServer(tmp_path / "service") as server:
+        monkeypatch.setenv("DAYTONA_API_KEY", server.key)
+        monkeypatch.setenv("DAYTONA_API_URL", server.url)
+        yield Service(server)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What costs money at somebody's service runs when it is asked for by name."""
+    if "daytona_live" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("daytona_live"):
+            item.add_marker(pytest.mark.skip(reason="runs at the real service: pytest -m daytona_live"))

@@ -1,6 +1,6 @@
 """What a test needs of the machine: where it is missing the test is skipped, or fails, as `ROLLOUT_REQUIRE` says.
 
-`ROLLOUT_REQUIRE=agents,docker`, which CI sets, makes a real agent or an engine that is missing a failure.
+`ROLLOUT_REQUIRE=agents,daytona,docker`, which CI sets, makes a real agent, SDK or engine that is missing a failure.
 """
 
 from __future__ import annotations

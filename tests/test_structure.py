@@ -358,7 +358,9 @@ def test_importing_every_module_changes_nothing_either():
         if "adapters" not in path.parts and path.stem != "__main__"
     ]
     code = WORLD.replace("before = ", "import aiohttp.web  # a filter for its own warning\nbefore = ")
-    code += f"import importlib\nfor n in {modules!r}:\n    importlib.import_module(n)\nafter = world()\n"
+    code += f"import importlib\nfor n in {modules!r}:\n    try:\n        importlib.import_module(n)\n"
+    code += "    except ModuleNotFoundError as missing:\n        if missing.name not in ('aiodocker', 'daytona'):\n"
+    code += "            raise  # these two are extras\nafter = world()\n"
     assert fresh(code + "print([k for k in before if before[k] != after[k]])") == []
 
 

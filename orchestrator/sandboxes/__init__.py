@@ -29,7 +29,7 @@ from states.ports import ExecSandbox, Sandbox
 Network = Literal["gateway-only", "bridge", "host", "none"]
 Reaper = Callable[[Mapping[str, Any]], Awaitable[None]]
 
-KINDS: Mapping[str, str] = {"local": "", "docker": "docker", "fake": ""}
+KINDS: Mapping[str, str] = {"local": "", "docker": "docker", "daytona": "daytona-sdk", "fake": ""}
 """The kinds that ship, and the extra of ours that each needs."""
 
 

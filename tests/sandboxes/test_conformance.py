@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import anyio
 import pytest
 
@@ -32,6 +34,23 @@ async def test_local_sandbox_conforms(clause, tmp_path):
 async def test_fake_sandbox_conforms(clause):
     """What needs no real process holds for the fake sandbox too."""
     await clause.check(FakeSandbox)
+
+
+@pytest.mark.sandbox
+@pytest.mark.daytona
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("channel", ["session", "pty"])
+@pytest.mark.parametrize("clause", [c for c in SANDBOX_CLAUSES if "large" not in c.needs], ids=str)
+async def test_daytona_sandbox_conforms(clause, channel, daytona_service):
+    """The clause holds for a Daytona sandbox over either channel, and the service keeps nothing of it."""
+    numbers = itertools.count()
+
+    def make():
+        return daytona_service.sandbox(f"box-{next(numbers)}", channel=channel)
+
+    with anyio.fail_after(CLAUSE_SEC):
+        await clause.check(make)
+    assert await daytona_service.left() == []
 
 
 async def test_report_says_which_clause_failed_and_how():
