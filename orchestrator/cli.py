@@ -39,7 +39,7 @@ EXIT_CODES: Mapping[int, str] = {
 
 ENDINGS: Mapping[str | None, int] = {"rewarded": 0, "unverified": 0, "failed": 1, "void": 3, "cancelled": 4, None: 5}
 
-EXPORTS = ("atif",)
+EXPORTS = ("atif", "inspect", "verifiers-jsonl", "benchflow")
 """The formats of `rollout export`: those of `orchestrator.export`, which is not imported for a list of words."""
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -654,7 +654,12 @@ def export(folder: Path, to: str, output: Path | None, *, as_json: bool) -> int:
     """A rollout's folder in the format of another program: a trajectory, a log, traces, training data.
 
     \b
-      atif             what Harbor reads
+      atif             the trajectory format that Harbor reads
+      inspect          a log for Inspect's viewer, named .json
+      verifiers-jsonl  a line a rollout for verifiers' traces.jsonl; FOLDER may hold several
+      benchflow        a folder as BenchFlow writes them
+
+    \b
     A rollout that was cancelled, is void or not over is exported as far as it came, and says so.
     """  # noqa: D301 - click reads \b as the character
     from orchestrator import export as exporting

@@ -42,6 +42,7 @@ HOSTS = {
     "harbor": Host(("harbor==0.25.0",), overrides=("certifi",)),  # its floor on certifi is of the day of its release
     "inspect": Host(("inspect-ai==0.3.285", "openai", "anthropic")),  # the bridge serves these clients' formats
     "verifiers": Host(("verifiers==0.4.0",)),
+    "benchflow": Host(("benchflow==0.7.11",), overrides=("certifi",)),  # the same floor
 }
 
 

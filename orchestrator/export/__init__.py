@@ -20,11 +20,12 @@ import attrs
 
 from orchestrator.export.recorded import Recorded, Source, recorded
 from orchestrator.journal import encode_any
+from orchestrator.show import rollouts_in
 from states.errors import ConfigError
 
 __all__ = ["FORMATS", "Format", "FormatName", "Recorded", "Source", "document", "export", "files_of", "recorded"]
 
-FormatName = Literal["atif"]
+FormatName = Literal["atif", "inspect", "verifiers-jsonl", "benchflow"]
 
 
 @attrs.frozen
@@ -34,17 +35,36 @@ class Format:
     name: FormatName
     read_by: str
     kind: Literal["json", "jsonl", "folder"]
-    module: str
+    made_by: str
+    suffix: str = ""
+    """What the name of its file has to end with, where its readers go by that."""
 
     def fold(self, source: Source) -> Any:
         """The document: a dict; of a folder, the bytes of its files by their paths."""
-        function = getattr(importlib.import_module(self.module), f"to_{self.module.rpartition('.')[2]}")
-        return function(source)
+        module, _, function = self.made_by.partition(":")
+        return getattr(importlib.import_module(module), function)(source)
 
 
 FORMATS: Mapping[str, Format] = {
     form.name: form
-    for form in (Format("atif", "Harbor and what else reads trajectories", "json", "orchestrator.export.atif"),)
+    for form in (
+        Format("atif", "Harbor, and what else reads trajectories", "json", "orchestrator.export.atif:to_atif"),
+        Format(
+            "inspect", "Inspect's viewer and API", "json", "orchestrator.export.inspect_log:to_inspect", suffix=".json"
+        ),
+        Format(
+            "verifiers-jsonl",
+            "verifiers and trainers: one line a rollout",
+            "jsonl",
+            "orchestrator.export.verifiers:to_verifiers",
+        ),
+        Format(
+            "benchflow",
+            "what reads BenchFlow's rollout folders",
+            "folder",
+            "orchestrator.export.benchflow:to_benchflow",
+        ),
+    )
 }
 assert tuple(FORMATS) == get_args(FormatName)
 
@@ -52,11 +72,22 @@ assert tuple(FORMATS) == get_args(FormatName)
 def document(source: Source, to: str) -> Any:
     """A rollout in a format: JSON values; for a folder, the bytes of each file by its path.
 
+    A format of lines gives those of every rollout in a folder that holds several (`runs`), the oldest first.
+
     Raises:
         ConfigError: there is no such format, or no rollout in that folder.
         JournalError: a file in the folder cannot be read.
     """
-    return _format(to).fold(source)
+    form = _format(to)
+    if form.kind == "jsonl":
+        return [line for rollout in _rollouts(source) for line in form.fold(rollout)]
+    return form.fold(source)
+
+
+def _rollouts(source: Source) -> list[Source]:
+    if isinstance(source, Recorded) or (Path(source) / "journal.jsonl").is_file():
+        return [source]
+    return [*rollouts_in(Path(source))] or [source]
 
 
 def files_of(source: Source, to: str) -> Mapping[str, bytes]:
@@ -83,6 +114,9 @@ def export(source: Source, to: str, out: Path | str) -> Path:
     out = Path(out)
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} is there already, and an export overwrites nothing: give another name, or remove it")
+    form = _format(to)
+    if not out.name.endswith(form.suffix):
+        raise ConfigError(f"{out}: whoever reads {to} goes by a file's name, which has to end with {form.suffix}")
     files = files_of(source, to)
     try:
         _write(out, files)

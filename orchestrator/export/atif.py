@@ -14,8 +14,8 @@ from typing import Any
 
 import attrs
 
-from orchestrator.export.common import DISTRIBUTION, iso, lean, own_version, sentence, tool_result
-from orchestrator.export.recorded import Act, Recorded, Source, Step, Turn, recorded
+from orchestrator.export.common import DISTRIBUTION, iso, lean, own_version, sentence
+from orchestrator.export.recorded import Act, Recorded, Source, Step, Turn, recorded, tool_result
 from states.events import Usage
 
 SCHEMA = "ATIF-v1.7"

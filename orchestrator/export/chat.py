@@ -89,8 +89,7 @@ def answered(api: str, response: JSON | None) -> Message | None:
     elif api == "openai-responses":
         given = _responses_items(response.get("output") or [])
     else:
-        choices = response.get("choices") or [{}]
-        given = _chat({"messages": [{"role": "assistant", **(choices[0].get("message") or {})}]})
+        given = _chat({"messages": [{**_map(_first_choice(response).get("message")), "role": "assistant"}]})
     whole = _joined(given)
     return whole if whole != Message("assistant") else None
 
@@ -106,8 +105,7 @@ def finish_of(api: str, response: JSON | None) -> Finish:
             return "content_filter" if "filter" in str(response.get("incomplete_details")) else "length"
         calls = any(str(item.get("type", "")).endswith("_call") for item in _dicts(response.get("output")))
         return "tool_calls" if calls else "stop"
-    choices = response.get("choices") or [{}]
-    return _CHAT_STOPS.get(str(choices[0].get("finish_reason")), "")
+    return _CHAT_STOPS.get(str(_first_choice(response).get("finish_reason")), "")
 
 
 def tools_of(api: str, request: JSON) -> tuple[Tool, ...]:
@@ -135,6 +133,14 @@ def _dicts(value: Any) -> Iterator[JSON]:
     yield from (item for item in value if isinstance(item, Mapping)) if isinstance(value, list) else ()
 
 
+def _map(value: Any) -> JSON:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _first_choice(response: JSON) -> JSON:
+    return next(_dicts(response.get("choices")), {})
+
+
 def _joined(messages: Iterable[Message]) -> Message:
     """An assistant's messages as one: a reply may come in several items."""
     parts = [message for message in messages if message.role == "assistant"]
@@ -153,7 +159,7 @@ def _chat(request: JSON) -> Iterator[Message]:
             yield Message("tool", text, use=str(message.get("tool_call_id", "")))
         elif role == "assistant":
             uses = [
-                (call, call.get("function") or call.get("custom") or {}) for call in _dicts(message.get("tool_calls"))
+                (call, _map(call.get("function") or call.get("custom"))) for call in _dicts(message.get("tool_calls"))
             ]
             thought = text_of(message.get("reasoning_content") or message.get("reasoning") or "")
             text = text or text_of(message.get("refusal"))

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from orchestrator.export.chat import text_of
 from orchestrator.export.recorded import Step
 
 DISTRIBUTION = "rollout-orchestrator"
@@ -37,19 +36,6 @@ def own_version() -> str:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
         return "0"
-
-
-def tool_result(step: Step) -> str:
-    """What a tool call gave back, as text: ACP's blocks, a diff by its new text, a terminal by its output."""
-    content, raw = step.get("content"), step.get("raw_output")
-    blocks = content if isinstance(content, list) else [content]
-    return "\n".join(filter(None, map(_block, blocks))) or text_of(raw)
-
-
-def _block(block: Any) -> str:
-    if isinstance(block, Mapping) and block.get("type") == "diff":
-        return f"{block.get('path', '')}\n{block.get('newText') or block.get('new_text') or ''}"
-    return text_of(block)
 
 
 def sentence(step: Step) -> str:

@@ -19,7 +19,7 @@ import msgspec
 from orchestrator.capture import RecordedSegment, read_trajectory
 from orchestrator.export import chat
 from orchestrator.gateway.llm_log import expand
-from orchestrator.journal import read_journal, read_lines
+from orchestrator.journal import encode_any, read_journal, read_lines
 from orchestrator.result import RolloutResult
 from orchestrator.show import story_of
 from orchestrator.visits import Visit
@@ -29,6 +29,19 @@ from states.journal import Record, Transition
 
 Step = Mapping[str, Any]
 """A step as the trajectory has it: `type`, and the fields of that type."""
+
+
+def tool_result(step: Step) -> str:
+    """What a tool call gave back, as text: ACP's blocks, a diff by its new text, a terminal by its output."""
+    content, raw = step.get("content"), step.get("raw_output")
+    blocks = content if isinstance(content, list) else [content]
+    return "\n".join(filter(None, map(_block, blocks))) or chat.text_of(raw)
+
+
+def _block(block: Any) -> str:
+    if isinstance(block, Mapping) and block.get("type") == "diff":
+        return f"{block.get('path', '')}\n{block.get('newText') or block.get('new_text') or ''}"
+    return chat.text_of(block)
 
 
 @attrs.frozen
@@ -117,6 +130,16 @@ class Act:
         """What its calls used."""
         return sum((call.counted for call in self.calls), Usage())
 
+    @property
+    def messages(self) -> tuple[chat.Message, ...]:
+        """The same as messages: what was said and asked for, then what each tool gave back."""
+        uses = [
+            chat.ToolUse(str(step.get("tool_call_id") or ""), self.tool_name(step), encode_any(given).decode())
+            for step, given in ((step, self.tool_arguments(step)) for step in self.tools)
+        ]
+        results = (chat.Message("tool", tool_result(s), use=u.id) for s, u in zip(self.tools, uses, strict=True))
+        return (chat.Message("assistant", self.said, self.thought, tuple(uses)), *results)
+
     def tool_name(self, step: Step) -> str:
         """What the model called a tool; where no call is known, the step's kind."""
         return next((use.name for use in self._uses(step)), "") or str(step.get("kind") or "other")
@@ -145,19 +168,37 @@ class Turn:
     began: float
     ended: float
     """When `executing` was left; of a turn that is open, when its journal ends."""
-    ended_by: str
-    """A stop reason, or the event that led out of `executing`; empty for an open turn."""
+    left_by: Event | None
+    """The event that led out of `executing`; None for an open turn."""
     complete: bool
     sealed: bool
     usage: Usage
     entries: tuple[Act | Step, ...]
     """Acts of the agent, and what is none: `user_message`, `question`, `plan`, and others."""
     calls: tuple[Call, ...]
+    steps: tuple[Step, ...]
+    """The same as the trajectory has it, step by step; without those that came late."""
+
+    @property
+    def ended_by(self) -> str:
+        """A stop reason, or the name of the event that led out of `executing`; empty for an open turn."""
+        return str(getattr(self.left_by, "stop", "")) or (self.left_by.name if self.left_by else "")
 
     @property
     def acts(self) -> tuple[Act, ...]:
         """What the agent did."""
         return tuple(entry for entry in self.entries if isinstance(entry, Act))
+
+    @property
+    def messages(self) -> tuple[chat.Message, ...]:
+        """The turn as its agent showed it: a conversation without questions, plans, and what came late."""
+        return tuple(message for entry in self.entries for message in _messages(entry))
+
+
+def _messages(entry: Act | Step) -> tuple[chat.Message, ...]:
+    if isinstance(entry, Act):
+        return entry.messages if not entry.late else ()
+    return (chat.Message("user", _text(entry)),) if entry.get("type") == "user_message" else ()
 
 
 @attrs.frozen
@@ -315,17 +356,14 @@ def _turn(
         protocol=str(segment.about.get("protocol", "")),
         began=moves[0].time if moves else began,
         ended=left.time if left else end,
-        ended_by=_ended_by(left.event) if left else "",
+        left_by=left.event if left else None,
         complete=captured.complete if captured else False,
         sealed=segment.sealed is not None,
         usage=captured.usage if captured else Usage(),
         entries=_with_calls(_entries(segment), calls),
         calls=calls,
+        steps=tuple(step.data for step in segment.steps if not step.late),
     )
-
-
-def _ended_by(event: Event) -> str:
-    return str(getattr(event, "stop", "")) or event.name
 
 
 def _entries(segment: RecordedSegment) -> list[Act | Step]:

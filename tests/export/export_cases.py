@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import attrs
+import msgspec
 from harness import TRANSPORTS, Stand, build
 from test_ways_out import NOT_THERE, WAYS
 
@@ -138,14 +139,20 @@ def metered(root: Path) -> dict[str, Case]:
     return cases
 
 
-def cut(case: Case, folder: Path, lines: int) -> Case:
-    """The same rollout as a kill had left it after so many lines of its journal, the last one torn."""
+def cut(case: Case, folder: Path, records: int) -> Case:
+    """The same rollout as a kill had left it after so many records of its journal, each file's last line torn."""
     folder.mkdir(parents=True)
-    for file in ("journal.jsonl", "trajectory.jsonl", "llm.jsonl"):
-        if (case.folder / file).exists():
-            whole = (case.folder / file).read_bytes().splitlines(keepends=True)
-            kept = whole[:lines] if file == "journal.jsonl" else whole
-            (folder / file).write_bytes(b"".join(kept) + whole[-1][:20])
+    journal = (case.folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    turns = sum(b'"event":"Prompted"' in line for line in journal[:records])
+    now = msgspec.json.decode(journal[records - 1])["time"]
+    steps = (case.folder / "trajectory.jsonl").read_bytes().splitlines(keepends=True)
+    calls = (case.folder / "llm.jsonl").read_bytes().splitlines(keepends=True)
+    for name, whole, kept in (
+        ("journal.jsonl", journal, journal[:records]),
+        ("trajectory.jsonl", steps, [line for line in steps if msgspec.json.decode(line)["segment"] <= turns]),
+        ("llm.jsonl", calls, [line for line in calls if msgspec.json.decode(line)["time"] <= now]),
+    ):
+        (folder / name).write_bytes(b"".join(kept) + whole[-1][:20])
     return Case(folder)
 
 

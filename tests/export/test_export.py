@@ -13,6 +13,12 @@ from orchestrator.export.recorded import Act
 from states.errors import JournalError
 from states.events import Usage
 
+
+def named(to):
+    """A name that its readers will open."""
+    return f"out{FORMATS[to].suffix}"
+
+
 every_format = pytest.mark.parametrize("to", FORMATS)
 
 
@@ -58,10 +64,10 @@ def test_an_export_is_the_same_each_time(to, two_roles):
 
 @every_format
 def test_what_is_written_is_the_document(to, two_roles, tmp_path):
-    written = export(two_roles.folder, to, tmp_path / "out")
+    written = export(two_roles.folder, to, tmp_path / named(to))
     for name, data in files_of(two_roles.folder, to).items():
         assert (written / name).read_bytes() == data
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no draft is left"
+    assert [path.name for path in tmp_path.iterdir()] == [named(to)], "no draft is left"
 
 
 def test_a_rollout_that_was_read_once_can_be_exported_many_times(two_roles):
@@ -76,20 +82,27 @@ def test_a_rollout_that_was_read_once_can_be_exported_many_times(two_roles):
 @every_format
 def test_nothing_is_overwritten(to, one_role, tmp_path):
     """Not a file, not a folder, not a link that leads nowhere; and what was there is as it was."""
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "folder", "link"):
-        with pytest.raises(ConfigError, match=f"{name} is there already, and an export overwrites nothing"):
-            export(one_role.folder, to, tmp_path / name)
-    assert (tmp_path / "file").read_text() == "mine"
+    file, folder, link = (tmp_path / f"{name}{FORMATS[to].suffix}" for name in ("file", "folder", "link"))
+    file.write_text("mine")
+    folder.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (file, folder, link):
+        with pytest.raises(ConfigError, match=f"{path.name} is there already, and an export overwrites nothing"):
+            export(one_role.folder, to, path)
+    assert file.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
 
 
 @every_format
 def test_a_place_that_cannot_be_written_is_a_sentence(to, one_role, tmp_path):
-    with pytest.raises(ConfigError, match=r"none/out cannot be written: No such file or directory"):
-        export(one_role.folder, to, tmp_path / "none" / "out")
+    with pytest.raises(ConfigError, match=rf"none/{named(to)} cannot be written: No such file or directory"):
+        export(one_role.folder, to, tmp_path / "none" / named(to))
+
+
+def test_a_name_that_its_readers_would_not_open_is_a_sentence(one_role, tmp_path):
+    """Inspect tells a log by its name, and would take `.eval` for an archive."""
+    with pytest.raises(ConfigError, match=r"log\.eval: whoever reads inspect goes by .* end with \.json"):
+        export(one_role.folder, "inspect", tmp_path / "log.eval")
 
 
 @every_format
@@ -130,15 +143,19 @@ def test_the_command_writes_to_a_file_or_to_stdout(to, one_role, rollout, tmp_pa
         assert f"{to} is a folder: give -o" in err
     else:
         assert (code, err, out.encode()) == (0, "", files_of(one_role.folder, to)["."])
-    code, out, err = rollout("export", one_role.folder, "--to", to, "-o", "out")
-    assert (code, out, err) == (0, "wrote out\n", "")
-    assert (tmp_path / "out").exists()
-    code, out, err = rollout("export", one_role.folder, "--to", to, "-o", "out", "--json")
+    code, out, err = rollout("export", one_role.folder, "--to", to, "-o", named(to))
+    assert (code, out, err) == (0, f"wrote {named(to)}\n", "")
+    assert (tmp_path / named(to)).exists()
+    code, out, err = rollout("export", one_role.folder, "--to", to, "-o", named(to), "--json")
     assert code == 2
     assert "is there already" in json.loads(out)["error"]["message"]
 
 
 def test_a_folder_of_rollouts_is_told_from_a_rollout(one_role, rollout):
+    """A format of lines has one for each; any other wants one rollout."""
+    code, out, _ = rollout("export", one_role.folder.parent, "--to", "verifiers-jsonl")
+    assert code == 0
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["one_role", "two_roles", "void", "unverified"]
     code, _, err = rollout("export", one_role.folder.parent, "--to", "atif")
     assert code == 2
     assert "holds no rollout" in err
