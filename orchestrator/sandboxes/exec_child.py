@@ -1,12 +1,12 @@
 """What runs inside a sandbox that can only exec: one call a request, and for each handle a keeper that outlives them.
 
 The host hands this program, as text, to the sandbox's own Python (3.8 or newer, the standard library only), once for
-everything that it wants done. A request is an argument: JSON, or `@` and the path of a file that holds it. The answer
+each thing that it wants done. A request is an argument: JSON, or `@` and the path of a file that holds it. The answer
 is the last line of stdout: `rollout: ` and JSON, where an error has `error` and `kind`.
 
-`open` leaves a *keeper* behind, which later calls reach by a socket in the handle's private folder. It starts what the
-handle starts, holds its pipes, and numbers the bytes of each *channel* in both directions: what was sent twice is
-dropped, what was not acknowledged is sent again, so a call that got lost loses nothing. Neither side may be ahead of
+`open` leaves a *keeper* behind, which `exec_call.py` reaches by a socket in the handle's private folder. It starts
+what the handle starts, holds its pipes, and numbers the bytes of each *channel* in both directions: what was sent twice
+is dropped, what was not acknowledged is sent again, so a call that got lost loses nothing. Neither side may be ahead of
 the other by more than `WINDOW`: that is the back-pressure which an exec lacks.
 
 The keeper adopts whatever its children leave behind (it is their *subreaper*), daemons too. So all that was started
@@ -25,6 +25,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 
@@ -39,8 +40,6 @@ FILES = globals().get("FILES", "")
 WINDOW = 1 << 20
 READ_BYTES = 262_144
 """Bytes of a channel, or of a file, in one answer."""
-ANSWER_BYTES = 500_000
-"""A longer answer is left in a file to be downloaded: hosts cut what a command prints."""
 TAIL_BYTES = 65_536
 PACK_BYTES = 8 << 30
 """What one download may hold."""
@@ -48,6 +47,8 @@ LONG_COMMAND = 100_000
 """A shell command beyond this is run from a file: one argument may not be longer than 128 KiB."""
 
 FALLBACK = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+KEEPER = b"rollout-keeper"
+"""What a keeper is called: nobody but itself can change that."""
 LOST_SEC = 300.0
 """A channel after which nobody has asked for so long is ended: its host is dead."""
 END_SEC = 20.0
@@ -64,13 +65,12 @@ class Failed(Exception):
 
 def main(word: str) -> None:
     """Do what was asked, and print the answer."""
-    asked: dict[str, Any] = {}
     try:
         if word.startswith("@"):
             with open(word[1:], encoding="utf-8") as file:
                 word = file.read()
         asked = json.loads(word)
-        answer = CALLS.get(asked["do"], forwarded)(asked)
+        answer = CALLS[asked["do"]](asked)
     except Failed as error:
         answer = {"error": str(error), "kind": error.kind}
     except OSError as error:
@@ -79,13 +79,7 @@ def main(word: str) -> None:
         if type(error).__name__ not in ("SandboxError", "PathEscape"):
             raise
         answer = {"error": str(error), "kind": "escape" if type(error).__name__ == "PathEscape" else "failed"}
-    text = json.dumps(answer)
-    if len(text) > ANSWER_BYTES:
-        path = f"{asked['folder']}/answer-{os.urandom(8).hex()}"
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-        text = json.dumps({"answer": path})
-    sys.stdout.write(f"\nrollout: {text}\n")
+    sys.stdout.write(f"\nrollout: {json.dumps(answer)}\n")
     sys.stdout.flush()
 
 
@@ -241,6 +235,24 @@ def stat_of(pid: int) -> tuple[str, int, str] | None:
     return words[0].decode(), int(words[1]), words[19].decode()
 
 
+def is_kept(pid: int) -> bool:
+    """Whether a process is below a keeper, or gone: no call of the host's ever is."""
+    while pid > 1:
+        found = stat_of(pid)
+        if found is None or name_of(pid) == KEEPER:
+            return True
+        pid = found[1]
+    return False
+
+
+def name_of(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return file.read().rstrip(b"\n")
+    except OSError:
+        return b""
+
+
 def is_alive(pid: int, started: str) -> bool:
     found = stat_of(pid)
     return found is not None and found[2] == started and found[0] not in "ZX"
@@ -269,22 +281,8 @@ def files() -> Any:
 
     module = types.ModuleType("_files")
     sys.modules["_files"] = module
-    if "import attrs" in FILES:
-        stand_in(types)
     exec(compile(FILES, "_files.py", "exec"), module.__dict__)  # noqa: S102 - our own text
     return module
-
-
-def stand_in(types: Any) -> None:
-    """What `_files.py` imports that is not here."""
-    import dataclasses
-
-    attrs, errors = types.ModuleType("attrs"), types.ModuleType("states.errors")
-    attrs.frozen, attrs.define = dataclasses.dataclass(frozen=True), lambda **_: dataclasses.dataclass
-    attrs.field = lambda *, factory: dataclasses.field(default_factory=factory)
-    errors.SandboxError = type("SandboxError", (Exception,), {})
-    errors.PathEscape = type("PathEscape", (errors.SandboxError,), {})
-    sys.modules.update({"attrs": attrs, "states": types.ModuleType("states"), "states.errors": errors})
 
 
 def tree(asked: dict[str, Any], *, make: bool = False) -> Any:
@@ -378,23 +376,6 @@ class staging:  # noqa: N801 - used as a function
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def forwarded(asked: dict[str, Any]) -> dict[str, Any]:
-    """Ask the keeper, and return its answer."""
-    conn = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        conn.connect(f"{asked['folder']}/socket")
-        conn.sendall(json.dumps(asked).encode() + b"\n")
-        heard = bytearray()
-        while data := conn.recv(1 << 20):
-            heard += data
-    except OSError as error:
-        raise Failed("its keeper is gone", "ended") from error
-    if not heard:
-        raise Failed("its keeper is gone", "ended")
-    answer: dict[str, Any] = json.loads(heard.decode())
-    return answer
-
-
 CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "hello": hello,
     "bye": bye,
@@ -412,12 +393,9 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def keep(folder: str, tell: int) -> None:
     """Be the keeper of a handle: adopt what is left behind, and answer until we are killed."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER
+    undumpable()
+    if prctl(36, 1) or prctl(15, KEEPER):  # PR_SET_CHILD_SUBREAPER, PR_SET_NAME
         os._exit(1)
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: who runs as the same user does not look into us
     path = f"{folder}/socket"
     if os.path.exists(path):
         os.unlink(path)
@@ -436,6 +414,18 @@ def keep(folder: str, tell: int) -> None:
         except OSError:
             pass  # it was the listing's own
     Keeper(folder, listener).run()
+
+
+def prctl(option: int, value: Any) -> int:
+    import ctypes
+
+    done: int = ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    return done
+
+
+def undumpable() -> None:
+    """Whoever runs as the same user cannot look into us, or make us do something."""
+    prctl(4, 0)  # PR_SET_DUMPABLE
 
 
 class Kept:
@@ -529,7 +519,11 @@ class Keeper:
                 process.died(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
     def serve(self, conn: socket.socket) -> None:
+        """One request. What an agent asks is not heard: another handle's keeper would start it out of its own sight."""
+        peer = struct.unpack("3i", conn.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         with conn:
+            if is_kept(peer):
+                return
             heard = bytearray()
             while not heard.endswith(b"\n"):
                 data = conn.recv(1 << 20)
@@ -773,7 +767,7 @@ class Channel:
             poll = select.poll()
             for fd, events in self.interests():
                 poll.register(fd, events)
-            for fd, _ in poll.poll(10_000):
+            for fd, _ in poll.poll(min(10.0, LOST_SEC / 2) * 1000):
                 with self.changed:
                     handlers[fd]()
                     self.changed.notify_all()

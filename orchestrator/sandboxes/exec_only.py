@@ -40,7 +40,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import attrs
 
-from orchestrator.sandboxes import _files, exec_child
+from orchestrator.sandboxes import _files, exec_call, exec_child
 from orchestrator.sandboxes._files import Mount, Tree
 from states.errors import ExecTimeout, HandleRevoked, PathEscape, QuietError, SandboxError, said
 from states.ports import ExecResult, ExecSandbox
@@ -262,16 +262,12 @@ class ExecHandle:
     async def read_file(self, path: str) -> bytes:
         """See `SandboxHandle.read_file`."""
         self._require_open()
-        async with self._sandbox._spare() as spare:
-            answer = await self._sandbox._ask(
-                {"do": "get", "spare": spare, **self._at(path)}, f"reading {path}", tries=TRIES
-            )
-            if "data" in answer:
-                data = base64.b64decode(answer["data"])
-            else:
-                async with self._sandbox._fetched(spare) as file:
-                    data = await anyio.Path(file).read_bytes()
-        return data
+        asked = {"do": "get", "spare": f"{self._folder}/{secrets.token_hex(8)}", **self._at(path)}
+        answer = await self._sandbox._ask(asked, f"reading {path}", tries=TRIES)
+        if "data" in answer:
+            return base64.b64decode(answer["data"])
+        async with self._sandbox._spare(asked["spare"]), self._sandbox._fetched(asked["spare"]) as file:
+            return await anyio.Path(file).read_bytes()
 
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """See `SandboxHandle.write_file`. A link at `path` is replaced, not followed."""
@@ -448,12 +444,11 @@ class ExecOnlySandbox:
     ) -> dict[str, Any]:
         """What our program inside answers. `private` requests travel in a file. Raises what it says went wrong."""
         text = json.dumps(asked)
-        program = _program(files=asked["do"] in ("get", "put", "pack", "unpack"))
         async with contextlib.AsyncExitStack() as stack:
             word = text
             if private or len(text) > INLINE_BYTES * 1.5:
                 word = "@" + await stack.enter_async_context(self._brought_bytes(text.encode()))
-            command = f"python3 -I -S -c {program} {shlex.quote(word)}"
+            command = f"python3 -I -S -c {_program(str(asked['do']))} {shlex.quote(word)} {asked.get('folder', '')}"
             for left in range(tries - 1, -1, -1):
                 try:
                     answer = self._heard(await self._exec(command, sec, what), what)
@@ -565,15 +560,20 @@ def _own_name(within: Any) -> str:
 
 
 @functools.cache
-def _program(*, files: bool) -> str:
-    """Our program as one shell word, with what walks files where that is needed."""
-    source = Path(exec_child.__file__).read_text(encoding="utf-8")
-    if files:
+def _program(do: str) -> str:
+    """The program that does it, as one shell word."""
+    if do in ("get", "put", "pack", "unpack"):
         walker = Path(_files.__file__).read_text(encoding="utf-8")
-        source = f"{_FUTURE}FILES = {walker!r}\n{source.partition(_FUTURE)[2]}"
+        source = f"{_FUTURE}FILES = {walker!r}\n{_source(exec_child.__file__).partition(_FUTURE)[2]}"
+    else:
+        source = _source(exec_child.__file__ if do in exec_child.CALLS else exec_call.__file__)
     packed = base64.b64encode(zlib.compress(source.encode(), 9)).decode()
     old = "sys.version_info<(3,8) and sys.exit('its python3 is too old: 3.8 or newer is needed')"
-    return shlex.quote(f"import base64,sys,zlib;{old};exec(zlib.decompress(base64.b64decode('{packed}')))")
+    return shlex.quote(f"import binascii,sys,zlib;{old};exec(zlib.decompress(binascii.a2b_base64('{packed}')))")
+
+
+def _source(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
 
 
 _FUTURE: Final = "from __future__ import annotations\n"

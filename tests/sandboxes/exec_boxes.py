@@ -13,7 +13,7 @@ class Box:
 
     inner: LocalSandbox
     has_environment: bool = True
-    calls: int = 0
+    commands: list[str] = attrs.field(factory=list)
 
     async def start(self):
         await self.inner.start()
@@ -24,7 +24,7 @@ class Box:
         await self.inner.stop()
 
     async def exec(self, command, *, timeout_sec=None):
-        self.calls += 1
+        self.commands.append(command)
         return await self.handle_inside.exec(command, timeout_sec=timeout_sec)
 
     async def upload(self, source, target):

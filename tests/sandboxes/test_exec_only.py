@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import shlex
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 from exec_boxes import Box
 
 import orchestrator
 from orchestrator import Rollout, RolloutConfig
-from orchestrator.conformance import CLAUSE_SEC, SANDBOX_CLAUSES
+from orchestrator.conformance import CLAUSE_SEC, SANDBOX_CLAUSES, ClauseError
 from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
+from orchestrator.sandboxes import SandboxSpec, _files, exec_call, exec_child, exec_only, make_sandbox
 from orchestrator.sandboxes.exec_only import ExecOnlySandbox
+from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.sandboxes.local import LocalSandbox
 from orchestrator.tasks import DEMO_COMMAND, demo_task
+from states.errors import QuietError, SandboxError
+from states.ports import ExecResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 
@@ -40,12 +50,26 @@ def make(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("clause", [clause for clause in SANDBOX_CLAUSES if clause.name not in CANNOT], ids=str)
+CLAUSES = [clause for clause in SANDBOX_CLAUSES if clause.name not in CANNOT]
+SLOW = "a_channel_carries_a_line_of_64_mib"
+"""It does, in half a minute: each 256 KiB are a call."""
+
+
+@pytest.mark.parametrize(
+    "clause", [pytest.param(one, marks=[pytest.mark.slow] * (one.name == SLOW)) for one in CLAUSES], ids=str
+)
 async def test_exec_only_sandbox_conforms(clause, make, tmp_path):
     """The clause holds, with what its host can do and nothing else; nothing is left behind."""
     with anyio.fail_after(CLAUSE_SEC):
         await clause.check(make)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("clause", [clause for clause in SANDBOX_CLAUSES if clause.name in CANNOT], ids=str)
+async def test_what_it_cannot_do_is_said_of_it_rightly(clause, make):
+    """Else the list of exceptions would outlive its reasons."""
+    with pytest.raises(ClauseError):
+        await clause.check(make)
 
 
 @pytest.fixture
@@ -78,3 +102,183 @@ async def test_model_calls_come_back_over_the_same_execs_and_are_counted(box, tm
         result = await Rollout(config).run()
     assert (result.state, result.reward) == ("closed/rewarded", 1.0), (result.verdict, result.errors, result.notes)
     assert result.usage.total.tokens == model.usage.tokens > 0
+
+
+# --- what it is made of ------------------------------------------------------------------------------------------
+
+
+def test_what_can_only_exec_is_known_by_what_it_has(box):
+    """It is wrapped where it is given, made or named; what has handles is a sandbox already."""
+    wrapped = make_sandbox(SandboxSpec(box, "r1", cwd="/work"))
+    assert isinstance(wrapped, ExecOnlySandbox)
+    assert (wrapped.name, wrapped.cwd, wrapped.gateway_url, wrapped.has_environment) == ("r1", "/work", None, False)
+    assert isinstance(make_sandbox(SandboxSpec(lambda _spec: box, "r1")), ExecOnlySandbox)
+    assert isinstance(make_sandbox(SandboxSpec(FakeSandbox(), "r1")), FakeSandbox)
+
+
+@pytest.mark.parametrize("module", [exec_child, exec_call, _files])
+def test_what_runs_inside_is_for_any_python_from_3_8_on(module):
+    """It parses as Python 3.8, and imports what has been in the standard library since."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"), feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported <= set(sys.stdlib_module_names) - {"tomllib", "graphlib", "zoneinfo"}
+
+
+def test_an_older_python_says_so():
+    """Rather than fail at a comma that it does not know."""
+    code = f"import sys; sys.version_info = (3, 7, 9); {shlex.split(exec_only._program('hello'))[0]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "its python3 is too old: 3.8 or newer is needed\n")
+
+
+@contextlib.asynccontextmanager
+async def opened(box, *names):
+    """Handles of a sandbox over `box`, open."""
+    sandbox = ExecOnlySandbox(box)
+    await sandbox.start()
+    try:
+        handles = [sandbox.handle(name) for name in names]
+        for handle in handles:
+            await handle.open()
+        yield handles
+    finally:
+        with contextlib.suppress(QuietError):
+            await sandbox.stop()
+        await box.stop()
+
+
+async def test_handles_have_a_home_and_a_folder_for_what_is_temporary_each(box):
+    """They say where, and their commands see it; a transport writes an agent's files there."""
+    async with opened(box, "one", "two") as (one, two):
+        seen = [(await handle.exec('printf %s "$HOME $TMPDIR"')).stdout.split() for handle in (one, two)]
+        assert [home for home, _ in seen] == [one.home, two.home]
+        assert len({place for both in seen for place in both}) == 4
+
+
+async def test_a_variable_is_never_on_a_command_line(box):
+    """It may be a key, and command lines are everybody's to read."""
+    async with opened(box, "one") as (one,):
+        secret = {"KEY": "sk-nobodys-business"}
+        assert (await one.exec('printf %s "$KEY"', env=secret)).stdout == "sk-nobodys-business"
+        channel = await one.spawn(["sh", "-c", 'printf %s "$KEY"'], env=secret)
+        assert await channel.receive() == b"sk-nobodys-business"
+        assert await channel.wait() == 0
+    assert not [command for command in box.commands if "sk-nobodys" in command]
+
+
+@attrs.define(eq=False, slots=False)
+class Forgetful(Box):
+    """Every third call of a channel is lost: it is never made, or it is made and its answer never arrives."""
+
+    lost: int = 0
+
+    async def exec(self, command, *, timeout_sec=None):
+        frail = any(f'"do": "{do}"' in command for do in ("read", "write", "wait", "close", "spawn"))
+        self.lost += frail
+        if frail and self.lost % 3 == 0:
+            if self.lost % 2:
+                await super().exec(command, timeout_sec=timeout_sec)
+            raise RuntimeError("the connection was reset")
+        return await super().exec(command, timeout_sec=timeout_sec)
+
+
+async def test_a_channel_survives_calls_that_get_lost(box):
+    """Bytes are numbered, both ways: each arrives once, in order, whether call or answer was lost."""
+    forgetful = Forgetful(box.inner)
+    async with opened(forgetful, "one") as (one,):
+        channel = await one.spawn(["cat"])
+        sent, back = b"".join(b"%d\n" % number for number in range(30_000)), bytearray()
+
+        async def send():
+            for at in range(0, len(sent), 30_000):
+                await channel.send(sent[at : at + 30_000])
+            await channel.close_stdin()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send)
+            while data := await channel.receive():
+                back += data
+        assert bytes(back) == sent
+        assert await channel.wait() == 0
+    assert forgetful.lost > 9
+
+
+KEEPERS = 'for p in /proc/[0-9]*; do if [ "$(cat $p/comm)" = rollout-keeper ]; then echo ${p#/proc/}; fi; done'
+
+
+async def test_who_ends_their_own_keeper_proves_nothing_and_is_not_graded(box):
+    """Then nobody can tell what was theirs: the handle cannot be proven quiet."""
+    async with opened(box, "one") as (one,):
+        with contextlib.suppress(SandboxError):
+            await one.exec(f"setsid sleep 100000 & {KEEPERS} | xargs kill -9")
+        with pytest.raises(QuietError, match="was ended by somebody else"):
+            await one.end()
+
+
+async def test_an_agent_is_not_heard_by_the_keeper_of_another_handle(box):
+    """It would start what the agent's own keeper never sees, and that would outlive the agent."""
+    ask = (
+        "import json, socket, sys; conn = socket.socket(socket.AF_UNIX); conn.connect(sys.argv[1]);"
+        'conn.sendall(json.dumps({"do": "environment", "environment": "e", "env": {}}).encode() + b"\\n");'
+        "print(conn.recv(100))"
+    )
+    async with opened(box, "agent", "other") as (agent, other):
+        done = await agent.exec(["python3", "-c", ask, f"{other._folder}/socket"])
+        assert done.stdout in ("", "b''\n"), "it was answered"
+        ours = await box.exec(f"python3 -c {shlex.quote(ask)} {other._folder}/socket")
+        assert ours.stdout == "b'{}\\n'\n"  # so it was not the question
+
+
+async def test_a_daemon_without_an_environment_is_ended_too(box):
+    """Nothing that a process does to itself takes it out of what its keeper adopts."""
+    daemon = "setsid env -i sh -c 'exec 9>/app/lock; flock 9; echo held > /app/held; exec sleep 100000'"
+    async with opened(box, "agent", "other") as (agent, other):
+        await agent.exec(f"({daemon} </dev/null >/dev/null 2>&1 &) ; while [ ! -s held ]; do sleep 0.01; done")
+        assert (await other.exec("flock -n /app/lock true")).return_code == 1
+        evidence = await agent.end()
+        assert (await other.exec("flock -n /app/lock true")).return_code == 0
+        assert "killed" in evidence[0]
+
+
+async def test_a_sandbox_without_python_says_what_it_lacks():
+    """At its start, before any agent."""
+
+    class NoPython:
+        async def start(self):
+            return None
+
+        async def exec(self, command, *, timeout_sec=None):
+            return ExecResult("", "sh: 1: python3: not found\n", 127)
+
+        upload = download = start
+
+    with pytest.raises(SandboxError, match=r"it has no python3, and 3\.8 or newer is needed"):
+        await make_sandbox(SandboxSpec(NoPython(), "r1")).start()
+
+
+async def test_what_a_host_raises_is_the_sandboxes_failure_with_its_cause():
+    """Whatever its class is."""
+
+    class Broken:
+        async def start(self):
+            raise KeyError("quota")
+
+        exec = upload = download = start
+
+    with pytest.raises(SandboxError, match="does not start: KeyError: 'quota'") as caught:
+        await make_sandbox(SandboxSpec(Broken(), "r1")).start()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_channel_that_nobody_asks_after_is_ended(monkeypatch):
+    """Its host is dead; so its agent is, in minutes."""
+    monkeypatch.setattr(exec_child, "LOST_SEC", 0.2)
+    with subprocess.Popen(
+        ["sleep", "100000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+    ) as popen:
+        process = exec_child.Process(popen)
+        burying = threading.Thread(target=lambda: process.died(popen.wait()))
+        burying.start()
+        exec_child.Channel(process).carry()
+        burying.join()
+        assert process.code == -9
