@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,5 +110,20 @@ def local_round_trip_ms() -> float:
     async def run() -> float:
         with tempfile.TemporaryDirectory() as name:
             return await round_trip_ms(LocalSandbox(name="bench", root=Path(name, "sandbox")))
+
+    return anyio.run(run)
+
+
+def daytona_round_trip_ms(channel: str) -> float:
+    """Over a channel of Daytona's real SDK, against the service of the tests on loopback: the protocol, no distance."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from daytona_server import DaytonaServer
+    from daytona_stand import Service
+
+    async def run() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            async with DaytonaServer(Path(name)) as server:
+                os.environ.update(DAYTONA_API_KEY=server.key, DAYTONA_API_URL=server.url)
+                return await round_trip_ms(Service(server).sandbox("bench", channel=channel), count=60)
 
     return anyio.run(run)

@@ -130,6 +130,15 @@ def rows() -> list[Row]:
             1,
             "ms",
         ),
+        *(
+            Row(
+                f"the same over a Daytona {channel}, its real SDK, a service on loopback",
+                measured(f"daytona_round_trip_ms({channel!r})", "bench_sandboxes"),
+                limit,
+                "ms",
+            )
+            for channel, limit in (("session", 60), ("pty", 10))
+        ),
         Row("`rollout --help`, CPU above a bare interpreter", measured(f"start_cpu({RUN_HELP!r})"), 0.25, "s"),
         Row("`import orchestrator`, CPU above it", measured("start_cpu('import orchestrator')"), 0.15, "s"),
         Row("heavy libraries that `import orchestrator` loads", measured("heavy_count('import orchestrator')"), 0, ""),
