@@ -8,7 +8,8 @@ The script is the same as that of `scripted_acp`, so that one script can be play
 actions that are played there. An action is an object with one of
 
     say, think          text; "chunks": n cuts it
-    shell               run a command in the sandbox and show it as a tool call; "ask": true asks first
+    shell               run a command in the sandbox and show it as a tool call; "ask": true asks for permission first,
+                        "ask": "approval" for an approval, as agents in process do (over ACP that is a permission)
     echo                show the prompt, given again as the value, as the agent's own step
     tool, tool_update   a tool call by its id, with the other keys as its fields
     permission, elicit  ask: {"title", "options"}, or {"message", "options"}
@@ -33,7 +34,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import anyio
 import attrs
@@ -43,6 +44,7 @@ from states.errors import AgentError, ConfigError
 from states.ports import AgentCapabilities, AskHandler, AskUserRequest
 
 Action = Mapping[str, Any]
+Asked = Literal["permission", "approval"]
 ALLOW, REJECT = "allow", "reject"
 FIELD = "answer"
 """The one field of the form that `elicit` asks with."""
@@ -163,16 +165,17 @@ class Play:
     async def _do_shell(self, value: str, action: Action) -> None:
         call = f"call_{next(self.numbers)}"
         await self.actor.tool(call, {"title": value, "kind": "execute", "status": "in_progress"})
-        if action.get("ask") and await self._may_i(value, call) != ALLOW:
+        kind: Asked = "approval" if action.get("ask") == "approval" else "permission"
+        if action.get("ask") and await self._may_i(value, call, kind) != ALLOW:
             await self.actor.tool_update(call, {"status": "failed"})
             return
         output, code = await self.actor.shell(value)
         content = [{"type": "content", "content": {"type": "text", "text": output}}]
         await self.actor.tool_update(call, {"status": "failed" if code else "completed", "content": content})
 
-    async def _may_i(self, title: str, call: str) -> str | None:
+    async def _may_i(self, title: str, call: str, kind: Asked = "permission") -> str | None:
         kinds = ("allow_once", "reject_once")
-        return await self.actor.ask(AskUserRequest(title, (ALLOW, REJECT), kinds, request_id=call))
+        return await self.actor.ask(AskUserRequest(title, (ALLOW, REJECT), kinds, request_id=call, kind=kind))
 
     async def _do_permission(self, value: Mapping[str, Any], _action: Action) -> None:
         await self._may_i(value.get("title", "May I?"), f"asked_{next(self.numbers)}")

@@ -704,6 +704,69 @@ async def a_choice_is_answered(transport: TransportUnderTest) -> str:
     return act.story
 
 
+# --- approvals, of agents in process (`approvals`) ---
+
+APPROVE: Final = ({"shell": "now", "ask": "approval"}, {"say": "went on"})
+"""Ask for the approval of a command, and run it if it is given."""
+
+
+async def an_approval_is_asked_for_like_every_question(transport: TransportUnderTest) -> str:
+    """The handler sees its kind, the command and its options; approved, the command is run."""
+    asked: list[AskUserRequest] = []
+
+    async def handler(request: AskUserRequest) -> str:
+        asked.append(request)
+        return "allow"
+
+    act = await Act(transport, _turns(APPROVE), on_ask_user=handler).play()
+    same("question", [(a.kind, a.prompt, a.options) for a in asked], [("approval", "now", ("allow", "reject"))])
+    same("answers", (act.answers, len(act.sandbox.calls)), ([("allow", "handler")], 1))
+    kinds = [step.data["kind"] for step in act.segments[0].steps if step.data["type"] == "question"]
+    same("kind of the step", kinds, ["approval"])
+    return act.story
+
+
+async def an_approval_that_is_denied_runs_nothing(transport: TransportUnderTest) -> str:
+    """The policy declines it, the command is not run, and the turn goes on."""
+    act = await Act(transport, _turns(APPROVE), policy="deny").play()
+    same("answers", (act.answers, act.sandbox.calls), ([("reject", "policy")], []))
+    same("last step", act.steps[0][-1], "went on")
+    return act.story
+
+
+async def an_approval_whose_handler_raises_runs_nothing(transport: TransportUnderTest) -> str:
+    """The error is a declined answer that says why."""
+
+    async def handler(_request: AskUserRequest) -> str:
+        raise RuntimeError("not today")
+
+    act = await Act(transport, _turns(APPROVE), on_ask_user=handler).play()
+    same("answers", (act.answers, act.sandbox.calls), ([("reject", "handler")], []))
+    true("the step does not say why", "RuntimeError: not today" in _why(act))
+    return act.story
+
+
+async def an_approval_whose_handler_outlasts_its_limit_runs_nothing(transport: TransportUnderTest) -> str:
+    """Nobody waits longer than the limit of a handler."""
+
+    async def handler(_request: AskUserRequest) -> str:
+        await anyio.sleep_forever()
+        return "allow"
+
+    def bind(act: Act) -> None:
+        act.rollout._world.questions.limit_sec = SOON  # noqa: SLF001 - what a clause cannot wait for
+        act.rollout.on_ask_user(handler)
+
+    act = await Act(transport, _turns(APPROVE), at={"connecting": bind}).play()
+    same("answers", (act.answers, act.sandbox.calls), ([("reject", "handler")], []))
+    true("the step does not say why", "did not answer within" in _why(act))
+    return act.story
+
+
+def _why(act: Act) -> str:
+    return "".join(step.data["why"] for step in act.segments[0].steps if step.data["type"] == "question")
+
+
 # --- swaps ---
 
 
@@ -880,5 +943,15 @@ TRANSPORT_CLAUSES: Final = (
             an_agent_lost_between_turns_is_connected_again,
         )
     ),
+    *(
+        _clause(check, "approvals")
+        for check in (
+            an_approval_is_asked_for_like_every_question,
+            an_approval_that_is_denied_runs_nothing,
+            an_approval_whose_handler_raises_runs_nothing,
+            an_approval_whose_handler_outlasts_its_limit_runs_nothing,
+        )
+    ),
 )
-"""Everything that a transport has to do. `lost`: its agents are processes that can go away by themselves."""
+"""Everything that a transport has to do. `lost`: its agents are processes that can go away by themselves; `approvals`:
+they ask for approvals, which ACP does not know."""

@@ -82,6 +82,8 @@ async def test_three_real_agents_take_turns_in_one_sandbox(tmp_path, require_age
     segments = read_trajectory(result.folder)
     assert [segment.about["role"] for segment in segments] == ["coder", "reviewer", "fixer"]
     assert [segment.steps[0].data["text"].split()[0] for segment in segments] == ["WRITE", "REVIEW", "FIX"]
+    approvals = [s.data for s in segments[1].steps if s.data["type"] == "question"]
+    assert [(step["kind"], step["answer"], step["by"]) for step in approvals] == [("approval", "approve", "handler")]
     titles = [[s.data["title"] for s in segment.steps if s.data["type"] == "tool_call"] for segment in segments]
     assert "cat /app/answer.txt" not in "".join(titles[0] + titles[2])
     opened = [r.dest for r in read_journal(result.folder) if isinstance(r, Transition) and r.source == "connecting"]
