@@ -27,6 +27,9 @@ from orchestrator.journal import Sink, encode_any, read_lines
 from states.errors import JournalError
 from states.events import Usage
 
+DIRECTOR = "director.jsonl"
+"""What an agent that directs was told and said, in the same form: a segment a question."""
+
 
 @attrs.define(eq=False)
 class TurnSegment:

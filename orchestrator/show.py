@@ -14,7 +14,7 @@ import attrs
 import msgspec
 
 from orchestrator.budgets import Limit
-from orchestrator.capture import RecordedSegment, read_trajectory
+from orchestrator.capture import DIRECTOR, RecordedSegment, read_trajectory
 from orchestrator.journal import read_journal
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.visits import Visit, duration, visits_of
@@ -61,6 +61,8 @@ class Story:
     result: RolloutResult
     visits: tuple[Visit, ...]
     turns: tuple[Turn, ...]
+    asked: tuple[Turn, ...] = ()
+    """What an agent that directs was asked: each under the number of the turn that it decided."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
@@ -80,6 +82,7 @@ class Story:
                 for visit in self.visits
             ],
             "turns": [attrs.asdict(turn) for turn in self.turns],
+            "asked": [attrs.asdict(turn) for turn in self.asked],
         }
 
 
@@ -110,7 +113,8 @@ def story_of(folder: Path) -> Story:
     shares = {share.turn: share for share in result.usage.by_turn if share.turn}
     nobodys = Share("", 0)
     turns = tuple(_turn(s, moves, shares.get(s.number, nobodys)) for s in read_trajectory(folder))
-    return Story(folder, about, result, visits_of(records), turns)
+    asked = tuple(_asked(segment) for segment in read_trajectory(folder / DIRECTOR))
+    return Story(folder, about, result, visits_of(records), turns, asked)
 
 
 def _why_untracked(folder: Path) -> str:
@@ -139,6 +143,22 @@ def _turn(segment: RecordedSegment, moves: Sequence[Transition], share: Share) -
     )
 
 
+def _asked(segment: RecordedSegment) -> Turn:
+    """One question to a director. What it was told are the turns before, which are told already."""
+    sealed = segment.sealed or {}
+    return Turn(
+        number=int(segment.about.get("turn", 0)),
+        role=str(segment.about.get("role", "")),
+        ended_by="",
+        complete=bool(sealed.get("complete")),
+        usage=Usage(**sealed["usage"]) if "usage" in sealed else Usage(),
+        seconds=0.0,
+        steps=tuple(step.data for step in segment.steps[1:] if not step.late),
+        late=sum(step.late for step in segment.steps),
+        sealed=segment.sealed is not None,
+    )
+
+
 def _endings(moves: Sequence[Transition]) -> list[str]:
     """What ended each turn, in order: the first event that led out of `executing`, and a stop reason if it has one."""
     ended = []
@@ -158,7 +178,7 @@ def tell(story: Story, *, style: Style = plain, every_step: bool = False) -> str
         _head(story, style),
         _path(story, style),
         _scene(story, style),
-        *(_told_turn(turn, style, every_step=every_step) for turn in story.turns),
+        *_told_turns(story, style, every_step=every_step),
         _usage(story.result),
         _errors(story.result, style),
         _notes(story.result, style),
@@ -232,16 +252,18 @@ def _cause(visit: Visit) -> str:
 
 def _scene(story: Story, style: Style) -> list[str]:
     """A scene of several roles by role: how often each spoke, what it asked and who answered, what it spent."""
-    names = [*dict(story.about.get("roles", {})), *(turn.role for turn in story.turns)]
+    names = [*dict(story.about.get("roles", {})), *(turn.role for turn in (*story.turns, *story.asked))]
     roles = list(dict.fromkeys(names))
     if len(roles) < 2:
         return []
     lines = [style("Scene", bold=True)]
     for role in roles:
-        turns = [turn for turn in story.turns if turn.role == role]
+        directs = role == story.about.get("director")
+        turns = [turn for turn in (story.asked if directs else story.turns) if turn.role == role]
         steps = [step for turn in turns for step in turn.steps]
         calls = sum(step.get("type") == "tool_call" for step in steps)
-        said = [f"turn {', '.join(str(turn.number) for turn in turns)}" if turns else "no turn", f"{calls} tool calls"]
+        took = f"turn {', '.join(str(turn.number) for turn in turns)}" if turns else "no turn"
+        said = [f"directs, asked {len(turns)} times"] if directs else [took, f"{calls} tool calls"]
         if role in story.result.usage.by_role and story.result.usage.tracking == "metered":
             said.append(_used(story.result.usage.by_role[role]))
         lines.append(f"  {one_line(role)}: " + "; ".join(said))
@@ -253,6 +275,22 @@ def _used(usage: Usage) -> str:
     """What somebody used, in a few words."""
     cost = f", ${usage.cost:.4f}" if usage.cost else ""
     return f"{usage.calls} model calls, {usage.tokens:,} tokens{cost}"
+
+
+def _told_turns(story: Story, style: Style, *, every_step: bool) -> list[list[str]]:
+    """The turns, and between them what a director said."""
+    told, last = [], len(story.turns)
+    for turn in story.turns:
+        told += [_told_decision(one, style) for one in story.asked if one.number == turn.number]
+        told.append(_told_turn(turn, style, every_step=every_step))
+    return [*told, *(_told_decision(one, style) for one in story.asked if one.number > last)]
+
+
+def _told_decision(asked: Turn, style: Style) -> list[str]:
+    tokens = f": {asked.usage.tokens:,} tokens" if asked.usage.tokens else ""
+    broken = "" if asked.complete else " (left, or failed)"
+    head = style(f"Before turn {asked.number}", bold=True) + f"  {one_line(asked.role)}{tokens}{broken}"
+    return [head, *("  " + _step(step, style) for step in asked.steps if step.get("type") in MARKS)]
 
 
 def _told_turn(turn: Turn, style: Style, *, every_step: bool) -> list[str]:

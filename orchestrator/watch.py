@@ -57,16 +57,22 @@ class Follower:
     where: tuple[str, float] = (INITIAL, 0.0)
     """The state that it is in, and when it came there, in seconds since the epoch."""
     turn: int = 0
+    role: str = ""
+    """Whose turn it is, or was; told where there are several."""
+    roles: set[str] = attrs.field(factory=set)
     steps: int = 0
     tool_calls: int = 0
-    tokens: int = 0
+    tokens: dict[str, int] = attrs.field(factory=dict)
+    """By role."""
     calls: int = 0
     last_step: str = ""
     paused_by: str = ""
     _tails: dict[str, Tail] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._tails = {name: Tail(self.folder / f"{name}.jsonl") for name in ("journal", "trajectory", "llm")}
+        self._tails = {
+            name: Tail(self.folder / f"{name}.jsonl") for name in ("journal", "trajectory", "director", "llm")
+        }
 
     @property
     def state(self) -> str:
@@ -84,25 +90,35 @@ class Follower:
         for record in self._tails["journal"].lines():
             if record.get("type") == "header":
                 self.rollout, self.where = record["rollout"], (INITIAL, record["time"])
+                self.roles.update(record.get("info", {}).get("roles", {}))
             elif record.get("type") == "transition":
                 self._moved(record)
                 moved.append(record)
         for line in self._tails["trajectory"].lines():
             self._stepped(line)
+        for line in self._tails["director"].lines():
+            self._directed(line)
         for line in self._tails["llm"].lines():
-            usage = line.get("usage") or {}
+            usage, role = line.get("usage") or {}, str(line.get("role") or "")
             self.calls += 1
-            self.tokens += usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
+            used = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
+            self.tokens[role] = self.tokens.get(role, 0) + used
         return moved
 
     def _moved(self, record: dict[str, Any]) -> None:
-        self.turn += record["event"] == "Prompted"
+        if record["event"] == "Prompted":
+            self.turn, self.role = self.turn + 1, str(record["data"].get("role", ""))
         self.paused_by = record["data"]["by"] if record["event"] == "Paused" else ""
         if record["source"] != record["dest"] or record["cause"] not in {"outside", "recovery"}:
             self.where = (record["dest"], record["time"])
 
     def _stepped(self, line: dict[str, Any]) -> None:
         match line:
+            case {"data": {"type": "question", "prompt": prompt}}:
+                self.steps += 1
+                self.last_step = one_line(f"? {prompt}", 200)
+            case {"set": {"answer": answer, "by": by}}:
+                self.last_step = one_line(f"{self.last_step} -> {answer} ({by})", 200)
             case {"data": {"type": kind, **step}}:
                 self.steps += 1
                 self.tool_calls += kind == "tool_call"
@@ -111,12 +127,24 @@ class Follower:
             case {"text": text}:
                 self.last_step = one_line(f"{self.last_step} {text}", 2000)[-200:]
 
+    def _directed(self, line: dict[str, Any]) -> None:
+        """What a director says is the last that happened; what it was told is not."""
+        match line:
+            case {"data": {"type": "agent_message" | "agent_thought" as kind, "text": text}}:
+                self.last_step = one_line(f"{MARKS[kind]} {text}", 200)
+            case {"text": text}:
+                self.last_step = one_line(f"{self.last_step} {text}", 2000)[-200:]
+
     def line(self, now: float) -> str:
         """Where it is, for how long, and what it has done so far."""
         since = self.where[1]
         age = "" if self.closed or not since else f" for {duration(max(0.0, now - since))}"
-        tokens = f", {self.tokens:,} tokens in {self.calls} calls" if self.calls else ""
-        done = f"turn {self.turn}, {self.steps} steps, {self.tool_calls} tool calls{tokens}" if self.turn else ""
+        by_role = ", ".join(f"{one_line(role, 40)} {used:,}" for role, used in self.tokens.items())
+        who = f" ({by_role})" if len(self.tokens) > 1 else ""
+        tokens = f", {sum(self.tokens.values()):,} tokens in {self.calls} calls{who}" if self.calls else ""
+        several = len({*self.roles, *self.tokens}) > 1
+        turn = f"turn {self.turn} ({one_line(self.role, 40)})" if several else f"turn {self.turn}"
+        done = f"{turn}, {self.steps} steps, {self.tool_calls} tool calls{tokens}" if self.turn else ""
         by = f" by {self.paused_by}" if self.paused_by else ""
         return f"{self.state}{by}{age}" + (f"  |  {done}" if done else "")
 

@@ -26,7 +26,7 @@ import attrs
 from orchestrator import metering
 from orchestrator._tasks import first_of
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
-from orchestrator.capture import RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
+from orchestrator.capture import DIRECTOR, RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
 from orchestrator.config import DirectorRole, RolloutConfig, Scene
 from orchestrator.directing import AgentDirector, HeardSegment, Outside, check_agent_of
 from orchestrator.directors import DirectedPlan, Story
@@ -62,8 +62,6 @@ from states.ports import (
 T = TypeVar("T")
 
 TURN_SEC = 900.0
-DIRECTOR = "director.jsonl"
-"""What an agent that directs was told and said, in the form of the trajectory: a segment a question."""
 _TIME = ("rollout", "wall_sec")
 """The one budget that is not spent in turns alone: `time_left` keeps it."""
 TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))

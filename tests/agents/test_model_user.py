@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from harness import FakeVerifier, trace
 
-from orchestrator import DirectorRole, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator import Budgets, DirectorRole, Role, Rollout, RolloutConfig, Scene, Turn
 from orchestrator.agents.model_user import ModelUser
 from orchestrator.capture import read_trajectory
 from orchestrator.config import ConfigError
@@ -19,6 +19,7 @@ from orchestrator.directors import model_user
 from orchestrator.gateway.scripted import Always, Cut, Fail, Hang, Refuse, Say, ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.sandboxes.fake import FakeSandbox
+from orchestrator.show import story_of, tell
 from states.errors import AgentError, ConnectError, ProviderError
 from states.ports import ExecResult, Session
 
@@ -201,9 +202,8 @@ async def test_a_model_plays_the_user(tmp_path, snapshot):
     assert re.sub(r', "usage": \{[^}]*\}|"usage": \{[^}]*\},? ?', "", trace(rollout)) == snapshot
     roles = [line["role"] for line in llm(result.folder)]
     assert roles == ["user", "agent", "agent", "user", "agent", "agent", "user"]
-    models = rollout._world.models
-    assert models.used_by("user").calls == 3
-    assert models.used_by("user") + models.used_by("agent") == provider.usage
+    assert result.usage.total == provider.usage
+    assert {role: used.calls for role, used in result.usage.by_role.items()} == {"user": 3, "agent": 4}
     assert read_trajectory(result.folder / "director.jsonl")[0].sealed["usage"]["calls"] == 1
 
 
@@ -216,6 +216,17 @@ async def test_no_artifact_holds_the_providers_key_or_a_rollouts_own(tmp_path):
         text = path.read_bytes() if path.is_file() else b""
         assert KEY.encode() not in text, path
         assert not [key for key in keys if key.encode() in text], path
+
+
+async def test_show_tells_what_the_user_said_and_what_it_spent(tmp_path):
+    """Before the turn that it decided; the scene by role has it, too."""
+    _, result, _ = await directed(tmp_path)
+    text = re.sub(r"[\d,]+ tokens", "N tokens", tell(story_of(result.folder)))
+    assert "role      user: model-user (session-factory, scripted)" in text
+    assert "  user: directs, asked 3 times; 3 model calls, N tokens" in text
+    assert "Before turn 1  user: N tokens\n  < Make it red.\n\nTurn 1  agent: end_turn; 3 steps" in text
+    assert "\n\nBefore turn 3  user: N tokens\n  < Thanks. DONE\n" in text
+    assert [one["number"] for one in story_of(result.folder).to_json()["asked"]] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -237,6 +248,17 @@ async def test_a_user_whose_model_fails_is_the_providers_failure(tmp_path):
     assert (result.state, result.verdict.owner) == ("closed/failed", "provider")
     assert "the model of the director user failed" in result.verdict.reason
     assert rollout.result().reward is None
+
+
+async def test_a_user_whose_budget_is_spent_ends_the_plan(tmp_path):
+    """Nobody has failed, and the work is verified."""
+    user = model_user("", persona=PERSONA, budgets=Budgets(tokens=10))
+    rollout, result, _ = await directed(tmp_path, director=user)
+    assert (result.state, result.reward, result.turns) == ("closed/rewarded", 1.0, 1), result.verdict
+    why = next(record.event.why for record in rollout.journal if getattr(record, "dest", "") == "verifying")
+    assert "user" in why
+    assert "tokens" in why
+    assert result.usage.by_role["user"].calls == 1
 
 
 async def test_without_the_gateway_the_user_says_so_or_brings_an_endpoint(tmp_path):

@@ -429,6 +429,32 @@ def test_a_follower_reads_what_was_appended_and_no_half_line(tmp_path):
     assert not follower.closed
 
 
+def test_a_follower_tells_whose_turn_it_is_who_asked_who_answered_and_who_spent_what(tmp_path):
+    """Roles, questions and a director, from the files alone."""
+    write_journal(tmp_path, journal_of("one turn over ACP")[:4])
+    prompted = {"type": "transition", "source": "session/acp", "dest": "executing", "cause": "handler", "time": 9.0}
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write(json.dumps({**prompted, "event": "Prompted", "data": {"role": "coder"}}) + "\n")
+    lines = [{"segment": 1, "step": 1, "data": {"type": "question", "prompt": "May I?"}}]
+    lines += [{"segment": 1, "step": 1, "set": {"answer": "allow", "by": "handler", "why": ""}}]
+    calls = [{"role": role, "usage": {"input_tokens": 1000, "output_tokens": 0}} for role in ("user", "coder", "coder")]
+    for name, content in (("trajectory", lines), ("llm", calls)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
+    follower = Follower(tmp_path)
+    follower.look()
+    assert follower.last_step == "? May I? -> allow (handler)"
+    assert follower.line(9.0) == (
+        "executing for <1 ms  |  turn 1 (coder), 1 steps, 0 tool calls, "
+        "3,000 tokens in 3 calls (user 1,000, coder 2,000)"
+    )
+    said = [{"segment": 2, "step": 0, "data": {"type": "user_message", "text": "coder said: hm"}}]
+    said += [{"segment": 2, "step": 1, "data": {"type": "agent_message", "text": "Go"}}]
+    said += [{"segment": 2, "step": 1, "text": "on."}]
+    (tmp_path / "director.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    follower.look()
+    assert follower.last_step == "< Go on."
+
+
 def test_rows_of_different_keys_are_one_table():
     assert table([{"a": 1.0, "b": None}, {"a": "x", "c": 2}]) == "a  b  c\n1  -  -\nx  -  2\n"
 
