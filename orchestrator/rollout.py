@@ -101,6 +101,7 @@ class Rollout:
     def __init__(self, config: RolloutConfig) -> None:
         self.config = config
         self._begin(build_world(config, config.new_id()), Position())
+        self._world.on_loss.append(self.sandbox_failed)
 
     def _begin(self, world: Any, position: Position) -> None:
         self.id = world.id

@@ -129,6 +129,8 @@ class LiveWorld:
     _handles: dict[str, SandboxHandle] = attrs.field(factory=dict, init=False)
     _began: list[float] = attrs.field(factory=list, init=False)
     _stops: list[str] = attrs.field(factory=list, init=False)
+    on_loss: list[Callable[[str], None]] = attrs.field(factory=list, init=False)
+    """Who is told when the sandbox goes away by itself."""
     _scratch: list[Path] = attrs.field(factory=list, init=False)
     _directors: list[AgentDirector] = attrs.field(factory=list, init=False)
     leases: JournaledLeases = attrs.field(init=False)
@@ -256,8 +258,14 @@ class LiveWorld:
             ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
             options=self.config.sandbox_options,
             note=self.note,
+            lost=self._lost,
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),
         )
+
+    def _lost(self, why: str) -> None:
+        """The sandbox went away by itself."""
+        for tell in self.on_loss:
+            tell(why)
 
     async def install(self) -> None:
         """Bring the gateway within reach, and the task's files in; what is missing without a build is a note."""

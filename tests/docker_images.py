@@ -6,6 +6,7 @@ library of the image's own. `python tests/docker_images.py` makes both.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.client
 import io
@@ -17,10 +18,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
+
+import attrs
 
 from orchestrator.install import cache_root
 from states.errors import ConfigError, SandboxError
@@ -47,9 +51,9 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
-def ask(method: str, path: str, body: object = None) -> tuple[int, bytes]:
+def ask(method: str, path: str, body: object = None, *, at: str | None = None) -> tuple[int, bytes]:
     """One request to the engine, without a client: what tests look at, and what they make bare."""
-    connection = _Connection(engine_path())
+    connection = _Connection(at or engine_path())
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     kind = "application/json" if isinstance(body, dict) else "application/x-tar"
     try:
@@ -82,16 +86,17 @@ def require_engine() -> None:
         raise NoEngine(f"the Docker engine at {engine_path()} says {status}: {said[:200]!r}")
 
 
-def make(name: str) -> str:
+def make(name: str, at: str | None = None) -> str:
     """The image `DEBIAN` or `BARE`, imported into the engine where it is not there yet. Raises `NoEngine`."""
-    require_engine()
+    if at is None:
+        require_engine()
     with _locked(name):
-        if ask("GET", f"/images/{name}/json")[0] == 200:
+        if ask("GET", f"/images/{name}/json", at=at)[0] == 200:
             return name
         source = _debian() if name == DEBIAN else _bare()
         repo, _, tag = name.rpartition(":")
         with source:
-            status, said = ask("POST", f"/images/create?fromSrc=-&repo={quote(repo)}&tag={tag}", source)
+            status, said = ask("POST", f"/images/create?fromSrc=-&repo={quote(repo)}&tag={tag}", source, at=at)
         if status != 200 or b'"error"' in said:
             raise NoEngine(f"the engine takes no image {name}: {said[-300:]!r}")
     return name
@@ -166,6 +171,80 @@ def _dereferenced(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def _said(*command: str) -> bytes:
     return subprocess.run(command, capture_output=True, check=False).stdout
+
+
+# --- an engine of a test's own -------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Dockerd:
+    """A dockerd that may be killed, or whose disk may be filled, without harm to anybody. Needs root."""
+
+    home: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def start(cls, home: Path, megabytes: int | None) -> Dockerd:
+        """Start one below `home`, on a disk in memory where a size is given. Raises `OSError`."""
+        if os.geteuid() != 0 or shutil.which("dockerd") is None:
+            raise OSError("dockerd, as root, is what it takes")
+        if megabytes:
+            (home / "data").mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(home / "data")]
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                raise OSError("a disk in memory cannot be mounted")
+        engine = cls(home)
+        engine.start_again()
+        return engine
+
+    @property
+    def url(self) -> str:
+        """As DOCKER_HOST says it."""
+        return f"unix://{self.home}/docker.sock"
+
+    def start_again(self) -> None:
+        """Start it on the data that is there, and wait until it answers. Raises `OSError`."""
+        for stale in (self.home / "pid", self.home / "docker.sock", self.home / "exec/containerd/containerd.pid"):
+            stale.unlink(missing_ok=True)
+        command = ["dockerd", "--data-root", f"{self.home}/data", "--exec-root", f"{self.home}/exec", "-H", self.url]
+        command += ["--pidfile", f"{self.home}/pid", "--bridge=none", "--iptables=false"]
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if ask("GET", "/_ping", at=f"{self.home}/docker.sock")[0] == 200:
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise OSError((self.home / "log").read_text()[-500:])
+
+    def load(self, name: str) -> None:
+        """Bring an image in."""
+        make(name, at=f"{self.home}/docker.sock")
+
+    def containers(self) -> list[dict]:
+        """All that it has."""
+        return json.loads(ask("GET", "/containers/json?all=1", at=f"{self.home}/docker.sock")[1])
+
+    def kill(self) -> None:
+        """As if it had crashed, with the containerd that it started."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        pid = self.home / "exec/containerd/containerd.pid"
+        if pid.exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid.read_text()), 9)
+
+    def stop(self) -> None:
+        """End it and what it has. Idempotent."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.home}/")]):
+            subprocess.run(["umount", "-l", mount], check=False)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class SandboxSpec:
         binds: Host folders that agents need, to be visible read-only at their own paths.
         options: Words of its kind, checked against the `OPTIONS` of that kind.
         note: Says something worth knowing (an image that was built, a limit that cannot be kept) in the journal.
+        lost: Says why the sandbox is gone, when it goes by itself: the rollout fails, and does not wait for an agent.
     """
 
     sandbox: str | Sandbox | ExecSandbox | Callable[..., Sandbox]
@@ -78,6 +79,7 @@ class SandboxSpec:
     binds: tuple[str, ...] = ()
     options: Mapping[str, str] = attrs.field(factory=dict)
     note: Callable[[str], None] = _unheard
+    lost: Callable[[str], None] = _unheard
 
 
 def check_sandbox(wanted: str | Sandbox | ExecSandbox | Callable[..., Sandbox], options: Mapping[str, str]) -> None:

@@ -72,6 +72,11 @@ class Engine:
             )
         return cls(url)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection was given back."""
+        return self._session.closed
+
     async def close(self) -> None:
         """Give the connection back. Idempotent."""
         await self._docker.close()

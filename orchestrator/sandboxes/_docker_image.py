@@ -80,13 +80,22 @@ async def find_image(
         SandboxError: It cannot be had; with the engine's words, and the end of the build's log.
         ConfigError: Neither image nor build was given.
     """
+    notes: list[str] = []
     if image is not None:
-        return await _pulled(engine, mapped(image, image_map, note))
+        found = mapped(image, image_map, notes.append)
+        _tell(notes, note)
+        return await _pulled(engine, found)
     if build is None:
         raise ConfigError("a docker sandbox needs an image: the task brings no Dockerfile and names none; give --image")
-    recipe = await anyio.to_thread.run_sync(read_build, build, image_map, note)
-    found = await _inspected(engine, recipe.tag)
-    return found or await _built(engine, recipe, note)
+    recipe = await anyio.to_thread.run_sync(read_build, build, image_map, notes.append)
+    _tell(notes, note)
+    return await _inspected(engine, recipe.tag) or await _built(engine, recipe, note)
+
+
+def _tell(notes: list[str], note: Note) -> None:
+    """Notes are told by the loop, not by the thread that reads files."""
+    for text in dict.fromkeys(notes):
+        note(text)
 
 
 def mapped(image: str, image_map: Mapping[str, str], note: Note) -> str:

@@ -162,6 +162,11 @@ class Messages:
         except OSError:
             return
 
+    def hang_up(self) -> None:
+        """Let the other side see our end, and ours its: what waits here is woken."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Idempotent."""
         if self.sock.fileno() >= 0:

@@ -610,7 +610,7 @@ def main() -> NoReturn:
     control.connect(SOCKET)
     message, _ = supervisor.receive(control)
     if not message:
-        os._exit(0)
+        os._exit(supervisor.HOST_GONE)
     settings = marshal.loads(message)
     container = Container(control, settings)
     try:
@@ -622,5 +622,11 @@ def main() -> NoReturn:
     except OSError as exc:
         control.send(f"error {exc}".encode()[:4096])
         os._exit(1)
-    control.send(b"ready")
+    try:
+        ourselves = os.pidfd_open(1)  # by which the host knows when we are gone, whoever ends us
+    except OSError:  # an engine whose seccomp profile is older than that call
+        control.send(b"ready")
+    else:
+        control.sendmsg([b"ready"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, ourselves.to_bytes(4, sys.byteorder))])
+        os.close(ourselves)
     container.run()

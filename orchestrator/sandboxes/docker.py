@@ -43,7 +43,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from orchestrator._tasks import first_of
+from orchestrator._tasks import Detached, first_of
 from orchestrator.sandboxes import Network, SandboxSpec, container
 from orchestrator.sandboxes._docker_engine import Engine, EngineError
 from orchestrator.sandboxes._docker_image import Image, find_image
@@ -273,6 +273,7 @@ class DockerSandbox:
         root: A folder of the host for the control socket; made by `start`, removed by `stop`.
         output_cap: Bytes that `exec` keeps of stdout, and of stderr.
         note: Is told what is worth knowing: an image that was built or mapped.
+        lost: Is told why, when the container or its engine goes away by itself.
         gateway_url: The gateway's base URL as seen from inside; None without one.
         engine_calls: How many requests the engine got so far.
     """
@@ -293,6 +294,7 @@ class DockerSandbox:
     root: Path = attrs.field()
     output_cap: int = 1 << 20
     note: Callable[[str], None] = lambda _text: None
+    lost: Callable[[str], None] = lambda _why: None
     gateway_url: str | None = attrs.field(init=False)
     has_environment: bool = attrs.field(init=False)
     _phase: Literal["new", "up", "stopped"] = attrs.field(default="new", init=False)
@@ -301,6 +303,9 @@ class DockerSandbox:
     _engine: Engine | None = attrs.field(default=None, init=False)
     _control: Messages | None = attrs.field(default=None, init=False)
     _id: str = attrs.field(default="", init=False)
+    _pidfd: int = attrs.field(default=-1, init=False)
+    """PID 1 of the container: readable once it and all in its namespace are gone."""
+    _watch: Detached[None] | None = attrs.field(default=None, init=False)
     _image_env: dict[str, str] = attrs.field(factory=dict, init=False)
 
     @root.default
@@ -366,11 +371,12 @@ class DockerSandbox:
                 self._id = made.id
             with engine.says(f"container {self.name} cannot be started") as docker:
                 await docker.containers.container(self._id).start()
+            self._watch = watch = Detached(self._watched, name=f"watch:{self.name}").start()
             try:
                 with anyio.fail_after(START_SEC):
-                    self._control = await first_of(lambda: _accepted(listener), self._died)
+                    self._control = await first_of(lambda: _accepted(listener), lambda: self._too_early(watch))
                     await self._control.send(marshal.dumps(self._settings(image)), [])
-                    answer = await self._control.receive()
+                    answer, self._pidfd = await _answered(self._control)
             except TimeoutError as exc:
                 raise SandboxError(
                     f"container {self.name} did not come up in {START_SEC:.0f} s{await self._log()}"
@@ -379,14 +385,25 @@ class DockerSandbox:
             why = answer.decode(errors="replace").removeprefix("error ") or "it ended"
             raise SandboxError(f"container {self.name} did not come up: {why}{await self._log()}")
 
-    async def _died(self) -> Messages:
-        """Raise once the container has ended, which it should not."""
+    async def _watched(self) -> None:
+        """Wait for as long as the container lives, in one request. Its end, or the engine's, is everybody's."""
         assert self._engine is not None
-        with self._engine.says(f"container {self.name}") as docker:
-            ended = await docker.containers.container(self._id).wait()
-        raise SandboxError(
-            f"container {self.name} ended at once, with exit code {ended['StatusCode']}{await self._log()}"
-        )
+        try:
+            with self._engine.says(f"container {self.name}") as docker:
+                ended = await docker.containers.container(self._id).wait()
+            why = f"container {self.name} ended, with exit code {ended['StatusCode']}{await self._log()}"
+        except EngineError as exc:
+            why = str(exc)
+        if self._control is not None:  # without an engine nobody could end what is in it: PID 1 does, when we hang up
+            self._control.hang_up()
+        if self._phase == "up":
+            self.lost(why)
+        raise SandboxError(why)
+
+    async def _too_early(self, watch: Detached[None]) -> Messages:
+        """Raise what the watch found, before anybody had connected."""
+        await watch.wait()
+        raise AssertionError("a watch ends with an error")
 
     async def _log(self) -> str:
         """The end of what the container printed, for an error."""
@@ -408,20 +425,30 @@ class DockerSandbox:
 
     async def _unmake(self) -> None:
         """Close our side, and have the engine kill and remove what there is."""
+        if self._watch is not None:
+            self._watch.cancel()
         for handle in self._handles.values():
             handle._let_go()
             handle._phase = "ended"
-        engine = self._engine
-        if engine is not None:
-            try:
-                if self._id:
-                    await _remove(engine, self._id)
-            finally:
-                await engine.close()
-                if self._control is not None:
-                    self._control.close()
-                    self._control = None
+        try:
+            if self._id and self._engine is not None:
+                if self._engine.closed:  # a stop before this one could not do it
+                    self._engine = Engine.open(self._engine.url)
+                await _remove(self._engine, self._id)
+                self._id = ""
+        finally:
+            self._hang_up()
+            if self._engine is not None:
+                await self._engine.close()
         await anyio.to_thread.run_sync(_remove_root, self.root)
+
+    def _hang_up(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     # --- what it is made of ---
 
@@ -563,21 +590,14 @@ class DockerSandbox:
         return self._control
 
     async def _proof_of_death(self, handle: str) -> tuple[str, ...]:
-        """When PID 1 gives no answer any more: what the engine says of the container. Raises `QuietError`."""
-        assert self._engine is not None, "a handle that was open has a container"
-        try:
-            with self._engine.says(f"container {self.name}") as docker:
-                state = (await docker.containers.container(self._id).show())["State"]
-        except EngineError as exc:
-            if exc.status == 404:
-                return (f"container {self.name}, in which handle {handle} was, is not there any more",)
-            raise QuietError(
-                f"handle {handle}: its container gives no answer, and neither does the engine: {exc}"
-            ) from exc
-        if state["Running"]:
-            raise QuietError(f"handle {handle}: its container runs and gives no answer")
-        why = ", out of memory" if state.get("OOMKilled") else ""
-        return (f"container {self.name} has ended (exit code {state['ExitCode']}{why}), and handle {handle} with it",)
+        """When PID 1 gives no answer any more: it is gone, and the kernel ends all in its namespace before it is.
+
+        Raises `QuietError`.
+        """
+        with anyio.move_on_after(END_SEC if self._pidfd >= 0 else 0):
+            await anyio.wait_readable(self._pidfd)
+            return (f"PID 1 of container {self.name} is gone, and with it all that was in it, handle {handle} too",)
+        raise QuietError(f"handle {handle}: PID 1 of container {self.name} gives no answer and is still there")
 
 
 # --- asking PID 1 ---
@@ -631,6 +651,19 @@ async def _accepted(listener: socket.socket) -> Messages:
             return Messages(connection)
 
 
+async def _answered(control: Messages) -> tuple[bytes, int]:
+    """What PID 1 says when it is up, and a pidfd of its own (-1 where something went wrong)."""
+    while True:
+        try:
+            answer, fds, _, _ = socket.recv_fds(control.sock, 8192, 1)
+        except BlockingIOError:
+            await anyio.wait_readable(control.sock)
+        except OSError:
+            return b"", -1
+        else:
+            return answer, fds[0] if fds else -1
+
+
 def _bind(host: Path, inside: str, *, read_only: bool) -> dict[str, Any]:
     return {"Type": "bind", "Source": str(host), "Target": inside, "ReadOnly": read_only}
 
@@ -659,6 +692,7 @@ def make(spec: SandboxSpec) -> DockerSandbox:
         labels=spec.labels,
         cwd=spec.cwd,
         note=spec.note,
+        lost=spec.lost,
     )
 
 

@@ -24,7 +24,7 @@ from orchestrator.conformance import CLAUSE_SEC, SANDBOX_CLAUSES
 from orchestrator.sandboxes import SandboxSpec, make_sandbox
 from orchestrator.sandboxes.docker import LABEL, DockerSandbox, GatewayReach, Limits, reap, sweep
 from orchestrator.world import owner, started_at
-from states.errors import ConfigError, QuietError, SandboxError
+from states.errors import ConfigError, SandboxError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 
@@ -428,7 +428,7 @@ async def test_a_container_that_dies_takes_its_handles_along(up):
     assert await channel.wait() == -9
     with pytest.raises(SandboxError):
         await handle.exec("true")
-    assert "has ended (exit code 137), and handle solver with it" in (await handle.end())[0]
+    assert (await handle.end())[0].startswith(f"PID 1 of container {sandbox.name} is gone, and with it all")
 
 
 async def test_a_container_that_was_removed_is_gone_too(up):
@@ -437,21 +437,27 @@ async def test_a_container_that_was_removed_is_gone_too(up):
     assert ask("DELETE", f"/containers/{sandbox.name}?force=1")[0] == 204
     with pytest.raises(SandboxError):
         await sandbox.upload(Path(__file__), "/app/x")
-    assert "is not there any more" in (await handle.end())[0]
+    assert "is gone" in (await handle.end())[0]
     await sandbox.stop()
 
 
-async def test_without_container_and_engine_nothing_is_proven(up):
-    """When neither answers, a role's end is not taken on trust."""
-    sandbox, handle = await up()
+async def test_whoever_asked_for_it_is_told_that_the_container_is_gone(up):
+    """With its exit code, in the moment in which it goes; not when it is stopped as it should be."""
+    told: list[str] = []
+    gone = anyio.Event()
+
+    def lost(why: str) -> None:
+        told.append(why)
+        gone.set()
+
+    sandbox, _ = await up(lost=lost)
     assert ask("POST", f"/containers/{sandbox.name}/kill")[0] == 204
-    url, sandbox._engine.url = sandbox._engine.url, "unix:///nowhere"
-    docker = sandbox._engine._docker
-    sandbox._engine.__attrs_post_init__()
-    with pytest.raises(QuietError, match="neither does the engine"):
-        await handle.end()
-    await sandbox._engine.close()
-    sandbox._engine.url, sandbox._engine._docker, sandbox._engine._session = url, docker, docker.session
+    with anyio.fail_after(30):
+        await gone.wait()
+    assert told[0].startswith(f"container {sandbox.name} ended, with exit code 137")
+    quiet, _ = await up(lost=lost)
+    await quiet.stop()
+    assert len(told) == 1
 
 
 async def test_a_start_that_is_cancelled_anywhere_leaves_nothing(box, tmp_path):
