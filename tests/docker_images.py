@@ -206,7 +206,18 @@ class Dockerd:
         """Start it on the data that is there, and wait until it answers. Raises `OSError`."""
         for stale in (self.home / "pid", self.home / "docker.sock", self.home / "exec/containerd/containerd.pid"):
             stale.unlink(missing_ok=True)
-        command = ["dockerd", "--data-root", f"{self.home}/data", "--exec-root", f"{self.home}/exec", "-H", self.url]
+        # in a network of its own: without a bridge it would remove that of the engine beside it
+        command = [
+            "unshare",
+            "--net",
+            "dockerd",
+            "--data-root",
+            f"{self.home}/data",
+            "--exec-root",
+            f"{self.home}/exec",
+            "-H",
+            self.url,
+        ]
         command += ["--pidfile", f"{self.home}/pid", "--bridge=none", "--iptables=false"]
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
