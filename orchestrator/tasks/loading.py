@@ -95,8 +95,11 @@ def _root(path: Path) -> Path:
 
 def _harbor(root: Path) -> Task:
     path = root / "task.toml"
-    config = documents.parse_toml(files.read_text(path, root), path, schema.TaskToml)
-    source = _Source(path, root, "harbor", config, config.verifier, config.environment, config.solution)
+    document = files.read_text(path, root)
+    config = documents.parse_toml(document, path, schema.TaskToml)
+    sections = (config.verifier, config.environment, config.solution)
+    source = _Source(path, root, "harbor", config, *sections, lines=documents.toml_lines(document))
+    _refuse(source)  # before what such a task has elsewhere is missed here
     text = files.read_text(root / "instruction.md", root)
     return _task(source, _without_canary(text), root / "instruction.md", {})
 
@@ -127,7 +130,9 @@ def _benchflow(root: Path) -> Task:
         solution_folder=paths.get("oracle", ""),
         name=config.name or "",
         image=config.image,
+        lines=documents.yaml_lines(text, path, first_line=2),
     )
+    _refuse(source)
     prompts = _prompts(body, path, root)
     extra = {key: getattr(config, key) for key in ("agents", "scenes", "user", "benchflow", "profile", "profiles")}
     return _task(source, prompts.pop("prompt"), path, extra | {"prompts": prompts})
@@ -148,6 +153,13 @@ class _Source:
     solution_folder: str = ""
     name: str = ""
     image: str | None = None
+    lines: Mapping[str, int] = attrs.field(factory=dict)
+
+    def at(self, key: str) -> str:
+        """`task.toml:12: cpus`: where a key stands, be it written out or by its last name."""
+        table = "sandbox" if self.format == "benchflow" else "environment"
+        dotted = next((known for known in (key, f"{table}.{key}") if known in self.lines), key)
+        return f"{self.path}{documents.line_of(dotted, self.lines)}: {key}"
 
     def folder(self, named: str, *usual: str) -> Path | None:
         """The folder that the file names, or the first usual one that is there, or None."""
@@ -164,7 +176,6 @@ def _task(source: _Source, instruction: str, written_in: Path, extra: Mapping[st
     """A task from its sections: what both formats have in common."""
     if not instruction.strip():
         raise TaskError(f"{written_in}: the instruction is empty; expected what the agent shall do")
-    _refuse(source)
     root, environment = source.root, source.environment
     solution = _solution(source)
     verification = _verification(source)
@@ -264,10 +275,10 @@ def _size(megabytes: int | None, text: str | None, source: _Source, key: str) ->
         return megabytes
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])[Bb]?\s*", text, re.IGNORECASE)
     if match is None:
-        raise TaskError(f"{source.path}: {key}: expected a size such as '512M' or '2G', found {text[:60]!r}")
+        raise TaskError(f"{source.at(key)}: expected a size such as '512M' or '2G', found {text[:60]!r}")
     size = max(1, int(float(match[1]) * _SIZES[match[2].upper()]))
     if megabytes not in {None, size}:
-        raise TaskError(f"{source.path}: {key} = {text!r} and {key}_mb = {megabytes} disagree; keep {key}_mb")
+        raise TaskError(f"{source.at(key)} = {text!r} and {key}_mb = {megabytes} disagree; keep {key}_mb")
     return size
 
 
@@ -278,7 +289,7 @@ def _network(source: _Source) -> Any:
     if mode is None and environment.allow_internet is not None:
         mode = "public" if environment.allow_internet else "no-network"
     if environment.allowed_hosts and mode != "allowlist":
-        raise TaskError(f'{source.path}: allowed_hosts: expected network_mode = "allowlist" beside it, found {mode!r}')
+        raise TaskError(f'{source.at("allowed_hosts")}: expected network_mode = "allowlist" beside it, found {mode!r}')
     return mode
 
 
@@ -286,26 +297,26 @@ def _range(source: _Source) -> tuple[float, float] | None:
     declared = source.verifier.reward_range
     if declared is not None and (declared[0] > 0 or declared[1] < 1):
         wanted = "[low, high] with low <= 0 and high >= 1"
-        raise TaskError(f"{source.path}: verifier.reward_range: expected {wanted}, found {list(declared)}")
+        raise TaskError(f"{source.at('verifier.reward_range')}: expected {wanted}, found {list(declared)}")
     return declared
 
 
 def _env(env: Mapping[str, str], source: _Source, where: str) -> dict[str, str]:
     for name, value in env.items():
         if not _ENV_NAME.fullmatch(name) or "\0" in value:
-            raise TaskError(f"{source.path}: {where}.env: expected names of variables, found {name!r}")
+            raise TaskError(f"{source.at(f'{where}.env')}: expected names of variables, found {name!r}")
     return dict(env)
 
 
 def _finite(value: float | None, source: _Source, key: str) -> float | None:
     if value is not None and not value < float("inf"):
-        raise TaskError(f"{source.path}: {key}: expected a finite number, found {value}")
+        raise TaskError(f"{source.at(key)}: expected a finite number, found {value}")
     return value
 
 
 def _absolute(workdir: str | None, source: _Source) -> str | None:
     if workdir is not None and not workdir.startswith("/"):
-        raise TaskError(f"{source.path}: workdir: expected an absolute path, found {workdir!r}")
+        raise TaskError(f"{source.at('workdir')}: expected an absolute path, found {workdir!r}")
     return posixpath.normpath(workdir) if workdir else None
 
 
@@ -366,9 +377,13 @@ def _refuse(source: _Source) -> None:
         "verifier.collect": (verifier.collect, "commands between the agent and the verifier"),
         "environment.setup_commands": (environment.setup_commands, "commands before the agent"),
     }
+    if (source.root / "trajectory.json").exists():
+        raise TaskError(
+            f"{source.root / 'trajectory.json'}: an agent cannot be given a past here; remove it to do without"
+        )
     for key, (asked, what) in refused.items():
         if asked:
-            raise TaskError(f"{source.path}: {key}: {what} cannot be run here; expected a task without")
+            raise TaskError(f"{source.at(key)}: {what} cannot be run here; expected a task without")
 
 
 def _unread(source: _Source) -> dict[str, Any]:

@@ -242,28 +242,43 @@ def test_what_is_not_honoured_is_said(tmp_path):
         ("[verifier]\ntimeout_sec = -1\n", "task.toml:2: verifier.timeout_sec: expected float > 0.0, found -1"),
         ("[verifier]\ntimeout_sec = 0\n", "verifier.timeout_sec: expected float > 0.0, found 0"),
         ("[verifier]\ntimeout_sec = nan\n", "verifier.timeout_sec: expected float > 0.0, found nan"),
-        ("[verifier]\ntimeout_sec = inf\n", "verifier.timeout_sec: expected a finite number, found inf"),
-        ("[environment]\ncpus = inf\n", "cpus: expected a finite number, found inf"),
+        ("[verifier]\ntimeout_sec = inf\n", "task.toml:2: verifier.timeout_sec: expected a finite number, found inf"),
+        ("[environment]\ncpus = inf\n", "task.toml:2: cpus: expected a finite number, found inf"),
         ("[environment]\nmemory_mb = 1.5\n", "task.toml:2: environment.memory_mb: expected int, found 1.5"),
         ("[environment]\ngpus = -1\n", "environment.gpus: expected int >= 0, found -1"),
-        ("[environment]\nmemory = 'lots'\n", "memory: expected a size such as '512M' or '2G', found 'lots'"),
-        ("[environment]\nmemory = '2G'\nmemory_mb = 1\n", "memory = '2G' and memory_mb = 1 disagree; keep memory_mb"),
+        (
+            "[environment]\nmemory = 'lots'\n",
+            "task.toml:2: memory: expected a size such as '512M' or '2G', found 'lots'",
+        ),
+        (
+            "[environment]\nmemory = '2G'\nmemory_mb = 1\n",
+            "task.toml:2: memory = '2G' and memory_mb = 1 disagree; keep memory_mb",
+        ),
         (
             "[environment]\nnetwork_mode = 'none'\n",
             "task.toml:2: environment.network_mode: expected one of public, allowlist, no-network, found 'none'",
         ),
-        ("[environment]\nallowed_hosts = ['a']\n", 'allowed_hosts: expected network_mode = "allowlist" beside it'),
-        ("[environment]\nworkdir = 'app'\n", "workdir: expected an absolute path, found 'app'"),
-        ("[environment]\nos = 'windows'\n", "os: sandboxes with windows cannot be run here"),
+        (
+            "[environment]\nallowed_hosts = ['a']\n",
+            'task.toml:2: allowed_hosts: expected network_mode = "allowlist" beside it',
+        ),
+        ("[environment]\nworkdir = 'app'\n", "task.toml:2: workdir: expected an absolute path, found 'app'"),
+        ("[environment]\nos = 'windows'\n", "task.toml:2: os: sandboxes with windows cannot be run here"),
         ("[environment.env]\nA = 1\n", "task.toml:2: environment.env.A: expected str, found 1"),
-        ("[verifier.env]\n'A B' = 'x'\n", "verifier.env: expected names of variables, found 'A B'"),
-        ("[verifier]\nreward_range = [0.5, 1.0]\n", "reward_range: expected [low, high] with low <= 0 and high >= 1"),
+        ("[verifier.env]\n'A B' = 'x'\n", "task.toml:1: verifier.env: expected names of variables, found 'A B'"),
+        (
+            "[verifier]\nreward_range = [0.5, 1.0]\n",
+            "task.toml:2: verifier.reward_range: expected [low, high] with low <= 0 and high >= 1",
+        ),
         (
             "[verifier]\nenvironment_mode = 'separate'\n",
             "verifier.environment: a verifier in a sandbox of its own cannot",
         ),
-        ("[verifier]\ntype = 'llm-judge'\n", "verifier.type: a verifier that asks a model cannot be run here"),
-        ("[[steps]]\nname = 'a'\n", "steps: tasks of several steps cannot be run here"),
+        (
+            "[verifier]\ntype = 'llm-judge'\n",
+            "task.toml:2: verifier.type: a verifier that asks a model cannot be run here",
+        ),
+        ("[[steps]]\nname = 'a'\n", "task.toml:1: steps: tasks of several steps cannot be run here"),
         ("[task]\nversion = '1'\n", "task.toml:1: task.name is missing"),
         ("[environment]\nmcp_servers = 3\n", "task.toml:2: environment.mcp_servers: expected array, found 3"),
         ("[task]\nname = ''\n", "task.toml:2: task.name: expected str of length >= 1, found ''"),
@@ -275,6 +290,20 @@ def test_a_malformed_task_toml_names_key_expected_and_found(tmp_path, toml, said
     text = complaint(harbor(tmp_path / "t", toml))
     assert said.casefold() in text.casefold()
     assert "\n" not in text
+
+
+def test_a_task_of_several_steps_is_refused_for_that(tmp_path):
+    """It has no instruction.md of its own, and that is not what is wrong with it."""
+    task = harbor(tmp_path / "t", "[[steps]]\nname = 'a'\n")
+    (task / "instruction.md").unlink()
+    assert "task.toml:1: steps: tasks of several steps cannot be run here" in complaint(task)
+
+
+def test_a_task_that_gives_its_agent_a_past_is_refused(tmp_path):
+    """Harbor seeds the agent's session with it; asked without it, the agent would be asked something else."""
+    task = harbor(tmp_path / "t", "")
+    (task / "trajectory.json").write_text("{}")
+    assert "trajectory.json: an agent cannot be given a past here" in complaint(task)
 
 
 @pytest.mark.parametrize(
