@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
 import attrs
+import pytest
 from requirements import missing
 
 from orchestrator.install import _candidates, _find_uv, _probe, cache_root
@@ -98,13 +100,36 @@ def _run(*command: str) -> None:
         raise OSError(f"{' '.join(command[:3])} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
-def host_run(python: Path, *argv: str, env: dict[str, str], cwd: Path, timeout: float) -> subprocess.CompletedProcess:
-    """Run one of the host's own programs, without anybody's keys and without what it would post about itself."""
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, once in a test session, whichever of xdist's workers comes first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / name
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "complete").touch()
+    assert (folder / "complete").exists(), f"{name} could not be made; see the first test that wanted it"
+    return folder
+
+
+def host_env(python: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a host's program: without anybody's keys, telemetry or look-ups at start."""
     clean = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
-    clean |= {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "", **env}
-    clean["PATH"] = f"{python.parent}{os.pathsep}{clean['PATH']}"
-    program = [str(python.parent / argv[0]), *argv[1:]] if argv[0] != "python" else [str(python), *argv[1:]]
-    return subprocess.run(program, cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout, check=False)
+    clean |= {"HARBOR_TELEMETRY": "off", "LITELLM_LOCAL_MODEL_COST_MAP": "True", **env}
+    return {**clean, "PATH": f"{python.parent}{os.pathsep}{clean['PATH']}"}
+
+
+def host_run(
+    python: Path, program: str, *args: str, env: Mapping[str, str], cwd: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of a host's environment to its end."""
+    argv = [str(python.parent / program), *args]
+    return subprocess.run(
+        argv, cwd=cwd, env=host_env(python, env), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 if __name__ == "__main__":  # make them all beforehand: python tests/hosts.py [NAME...]

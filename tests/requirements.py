@@ -1,6 +1,7 @@
 """What a test needs of the machine: where it is missing the test is skipped, or fails, as `ROLLOUT_REQUIRE` says.
 
-`ROLLOUT_REQUIRE=agents,daytona,docker`, which CI sets, makes a real agent, SDK or engine that is missing a failure.
+`ROLLOUT_REQUIRE=agents,daytona,docker,hosts`, which CI sets, makes a real agent, SDK, engine or host that is missing a
+failure.
 """
 
 from __future__ import annotations

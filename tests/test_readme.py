@@ -16,6 +16,7 @@ from typing import get_args
 import attrs
 import click
 import pytest
+from hosts import host_python, host_run
 
 from orchestrator import cli
 from orchestrator.config import Network, UsageTracking
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
 README = PAGES["README.md"]
 BLOCK_SEC = 60
+HOST_SEC = 300
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TASK_FILES = {"tests/test.sh"}
 """Paths in a task's folder that look like paths of this repository."""
@@ -38,13 +40,14 @@ TASK_FILES = {"tests/test.sh"}
 
 @attrs.frozen
 class Block:
-    """A fenced block of a page; `excuse` is the reason of a `not run` comment before it."""
+    """A fenced block of a page; `excuse` is the reason of a `not run` comment before it, `host` where it is run."""
 
     page: str
     line: int
     language: str
     text: str
     excuse: str
+    host: str
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -52,14 +55,16 @@ class Block:
 
 def blocks(page: str) -> Iterator[Block]:
     """The blocks of a page, in order."""
-    fence = re.compile(r"(?:<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    fence = re.compile(r"(?:<!-- (not run|in): (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     for found in fence.finditer(PAGES[page]):
-        line = PAGES[page].count("\n", 0, found.start(2)) + 1
-        yield Block(page, line, found[2], found[3], found[1] or "")
+        line = PAGES[page].count("\n", 0, found.start(3)) + 1
+        said = {found[1]: found[2] or ""}
+        yield Block(page, line, found[3], found[4], said.get("not run", ""), said.get("in", ""))
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
-PYTHON = [block for block in ALL if block.language == "python" and not block.excuse]
+PYTHON = [block for block in ALL if block.language == "python" and not (block.excuse or block.host)]
+HOSTED = [block for block in ALL if block.language == "python" and block.host]
 CONSOLE = [block for block in ALL if block.language == "console" and not block.excuse and block.page == "README.md"]
 
 
@@ -88,6 +93,16 @@ def test_python_block_runs_as_it_stands(block, tmp_path, sandboxed):
     file = tmp_path / "block.py"
     file.write_text(block.text)
     done = run([sys.executable, "-W", "error", str(file)], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("block", HOSTED, ids=str)
+def test_python_block_runs_in_its_host(block, tmp_path):
+    """The same, in the environment of the host that the comment before it names."""
+    (tmp_path / "block.py").write_text(block.text)
+    python = host_python(block.host)
+    done = host_run(python, "python", "block.py", env={"TMPDIR": str(tmp_path)}, cwd=tmp_path, timeout=HOST_SEC)
     assert done.returncode == 0, done.stderr
 
 

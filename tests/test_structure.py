@@ -218,6 +218,19 @@ def test_states_call_no_builtin_that_does_io(path):
     assert not called & BUILTIN_IO
 
 
+HOSTS = {"harbor": "harbor", "inspect": "inspect_ai", "verifiers": "verifiers"}
+"""The modules that live in a host, and the package of that host."""
+HOSTED = [ROOT / "orchestrator" / "embed" / f"{name}.py" for name in HOSTS]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in HOSTED], ids=name_of)
+def test_a_host_is_imported_by_its_own_module_only(path):
+    """And nothing of ours imports that: who embeds in one host has not installed the others."""
+    named = set(imports(parse(path)))
+    assert not {name for name in named if name.partition(".")[0] in HOSTS.values()}
+    assert not {name for name in named if name in {f"orchestrator.embed.{host}" for host in HOSTS}}
+
+
 def test_states_can_be_imported_without_the_orchestrator():
     """The machine, the handlers and the fold run on a machine that has nothing else of ours."""
     names = sorted(f"states.{path.stem}" for path in STATES if path.stem != "__init__")
@@ -355,7 +368,7 @@ def test_importing_every_module_changes_nothing_either():
     modules = [
         name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for path in SOURCES
-        if "adapters" not in path.parts and path.stem != "__main__"
+        if "adapters" not in path.parts and path.stem != "__main__" and path not in HOSTED
     ]
     code = WORLD.replace("before = ", "import aiohttp.web  # a filter for its own warning\nbefore = ")
     code += f"import importlib\nfor n in {modules!r}:\n    try:\n        importlib.import_module(n)\n"

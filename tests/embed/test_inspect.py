@@ -1,0 +1,157 @@
+"""Rollouts in Inspect: real evaluations in an environment of its own, with its model, its sandbox and its scorer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import attrs
+import pytest
+from hosts import host_python, once
+from trials import HERE, KEY, counted, left_in, run_counted
+
+from states.events import Usage
+
+pytestmark = [pytest.mark.hosts, pytest.mark.sandbox]
+
+
+@attrs.frozen
+class Evaluated:
+    """The one sample of an evaluation as Inspect's own reader gives it, and what the provider counted."""
+
+    sample: dict
+    provider: Usage
+
+    @property
+    def score(self) -> float | None:
+        return ((self.sample["scores"] or {}).get("by_the_tests") or {}).get("value")
+
+    @property
+    def rollout(self) -> dict:
+        return self.sample["store"]["rollout"]
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in self.sample["events"] if event["event"] == kind]
+
+    @property
+    def spans(self) -> dict[str, str]:
+        """The states that were passed, by the id of their span."""
+        return {event["id"]: event["name"] for event in self.events("span_begin") if event["type"] == "rollout"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Every evaluation, in one process: the import of Inspect is most of what they cost."""
+    python = host_python("inspect")
+
+    def run(folder: Path) -> None:
+        checks = (str(HERE / "inspect_checks.py"), str(folder / "logs"))
+        run_counted(
+            folder, python, "python", *checks, env=lambda url: {"SCRIPTED_BASE_URL": url, "SCRIPTED_API_KEY": KEY}
+        )
+
+    return once(tmp_path_factory, "inspect", run)
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder) -> dict[str, Evaluated]:
+    found = {}
+    for file in (folder / "logs").glob("*.read.json"):
+        name = file.name.partition(".")[0]
+        models = ("coder", "reviewer") if name == "scene" else (name,)
+        found[name] = Evaluated(json.loads(file.read_text())["samples"][0], counted(folder, *models))
+    assert found, (folder / "output.txt").read_text()
+    return found
+
+
+@pytest.mark.parametrize("name", ["factory", "acp", "scene"])
+def test_a_sample_is_scored_by_inspect_and_counted_to_the_token(name, evaluated):
+    """An agent in our process, one over ACP, and two roles; usage is in Inspect's log, and ours says the same."""
+    one = evaluated[name]
+    assert (one.score, one.sample["error"]) == (1.0, None)
+    logged = one.sample["model_usage"].values()
+    assert (
+        sum(used["input_tokens"] + (used["input_tokens_cache_read"] or 0) for used in logged)
+        == one.provider.input_tokens
+    )
+    assert sum(used["output_tokens"] for used in logged) == one.provider.output_tokens
+    assert one.rollout["usage"]["total"]["input_tokens"] == one.provider.input_tokens
+    assert one.rollout["usage"]["total"]["calls"] == one.provider.calls > 0
+    assert one.rollout["state"] == "closed/unverified"
+
+
+def test_each_role_has_a_model_of_inspects_own(evaluated):
+    """A role that names one is served by that, and is counted under it."""
+    assert {name.rpartition("/")[2] for name in evaluated["scene"].sample["model_usage"]} == {"coder", "reviewer"}
+    assert set(evaluated["scene"].rollout["usage"]["by_role"]) == {"coder", "reviewer"}
+
+
+@pytest.mark.parametrize("name", ["factory", "acp"])
+def test_each_state_is_a_span_and_what_happened_in_it_is_inside(name, evaluated):
+    """Model calls and tool calls belong to the state in which they were made."""
+    one = evaluated[name]
+    session = "session/acp" if name == "acp" else "session/factory"
+    assert list(one.spans.values()) == [
+        *("provisioning", "disconnected", "connecting", session, "executing", "capturing/whole", session),
+        *("quiescing", "disconnected", "releasing"),
+    ]
+    assert {one.spans[event["span_id"]] for event in one.events("model")} == {"executing"}
+    (tool,) = one.events("tool")
+    assert one.spans[tool["span_id"]] == "executing"
+    assert "numbers.txt" in tool["arguments"]["command"]
+
+
+def test_what_was_said_and_done_are_messages_of_the_sample(evaluated):
+    """The instruction stands there once; a tool's answer belongs to its call; a role's prompt is a user's message."""
+    roles = [message["role"] for message in evaluated["factory"].sample["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    _, called, answered, last = evaluated["factory"].sample["messages"]
+    assert answered["tool_call_id"] == called["tool_calls"][0]["id"]
+    assert [part["text"] for part in last["content"]] == ["Done."]
+    prompts = [one["content"] for one in evaluated["scene"].sample["messages"] if one["role"] == "user"]
+    assert prompts[1] == "Review what was done, and mend it."
+    assert len(prompts) == 2
+
+
+def test_a_time_limit_of_inspect_ends_the_rollout_and_its_agent(evaluated):
+    """Captured, released and closed before the sample is scored, with what it got done by then: nothing."""
+    one = evaluated["late"]
+    assert one.sample["limit"]["type"] == "time"
+    assert one.rollout["state"] == "closed/cancelled"
+    assert one.rollout["usage"]["total"]["calls"] == one.provider.calls == 1
+    assert one.score == 0.0
+
+
+def test_a_token_limit_of_inspect_ends_the_rollout(evaluated):
+    """It is Inspect's error that is raised, so the sample ends by its limit, not by an error."""
+    one = evaluated["tokens"]
+    assert (one.sample["limit"]["type"], one.sample["error"]) == ("token", None)
+    assert one.rollout["state"] == "closed/cancelled"
+    assert one.provider.calls == 1
+
+
+def test_what_must_not_be_graded_has_no_score_in_inspect_either(evaluated):
+    """The provider refused every call: an error of the sample, with the owner of the failure by name."""
+    one = evaluated["refused"]
+    assert one.score is None
+    assert "ProviderError" in one.sample["error"]["message"]
+    assert one.rollout["state"] == "closed/void"
+
+
+def test_a_rollout_that_somebody_cancels_is_an_error_of_the_sample(evaluated):
+    """Cancelled on our side: Inspect neither hangs nor scores it."""
+    one = evaluated["cancelled"]
+    assert one.score is None
+    assert "closed/cancelled" in one.sample["error"]["message"]
+
+
+def test_no_key_is_in_inspects_log(folder):
+    """Neither the provider's nor the one of the endpoint is in any file."""
+    held = [path for path in (folder / "logs").rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert held == []
+
+
+def test_nothing_is_left_when_inspect_has_ended(folder, evaluated):
+    """No sandbox of a sample, no journal that nobody asked for, no socket of a gateway."""
+    assert left_in(folder, "inspect-local") == []
+    assert all(one.rollout["leaked"] == [] for one in evaluated.values())

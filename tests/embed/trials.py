@@ -1,0 +1,91 @@
+"""What the three hosts have in common in their tests: the trials, and the provider whose count is the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import attrs
+from hosts import host_run
+
+from orchestrator.gateway.script import Always, Conversation, Fail
+from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
+from orchestrator.tasks import DEMO_COMMAND, DEMO_WRONG_COMMAND
+from states.events import Usage
+
+HERE = Path(__file__).parent
+KEY = "provider-key-that-no-sandbox-sees"
+TRIAL_SEC = 400
+
+RIGHT, WRONG = ShellScript(DEMO_COMMAND), ShellScript(DEMO_WRONG_COMMAND)
+LATE = ShellScript(f"sleep 300; {DEMO_COMMAND}")
+
+
+def in_turns(asked: Conversation) -> object:
+    """Wrong at first, right for whoever is asked to review."""
+    return (RIGHT if "Review" in asked.user else WRONG)(asked)
+
+
+MODELS = {
+    "coder": WRONG,
+    "reviewer": RIGHT,
+    "scene": in_turns,
+    "late": LATE,
+    "cancelled": LATE,
+    "refused": Always(Fail(401, "this key is of no use")),
+}
+"""Scripts by the name of a model; any other is right. Each trial has a model of its own, so its count is known."""
+
+
+def provider() -> ScriptedUpstream:
+    """The models' provider."""
+    return ScriptedUpstream(lambda asked: MODELS.get(asked.model, RIGHT)(asked), apis=["openai-chat"], api_key=KEY)
+
+
+def run_counted(folder: Path, python: Path, program: str, *args: str, env: Callable[[str], dict[str, str]]) -> None:
+    """Run a host's program beside the provider; `env` is told where that is. Its output and the counts are kept."""
+
+    async def main() -> None:
+        async with provider() as model:
+
+            def call() -> str:
+                where = {"PYTHONPATH": str(HERE), "TMPDIR": str(scratch(folder)), **env(f"{model.url}/v1")}
+                done = host_run(python, program, *args, env=where, cwd=folder, timeout=TRIAL_SEC)
+                return f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+
+            (folder / "output.txt").write_text(await anyio.to_thread.run_sync(call))
+            counted: dict[str, Usage] = {}
+            for one in model.calls:
+                name = str(one.request["model"])
+                counted[name] = counted.get(name, Usage()) + one.usage
+            written = {name: attrs.asdict(used) for name, used in counted.items()}
+            (folder / "counted.json").write_text(json.dumps(written))
+
+    anyio.run(main)
+
+
+def scratch(folder: Path) -> Path:
+    """TMPDIR of a host's program: what it leaves there is ours to see."""
+    path = folder / "tmp"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def counted(folder: Path, *models: str) -> Usage:
+    """What the provider counted for these models."""
+    known = json.loads((folder / "counted.json").read_text())
+    return sum((Usage(**known[name]) for name in models if name in known), Usage())
+
+
+def passed(journal: Path) -> list[str]:
+    """The states that a rollout went through."""
+    records = map(json.loads, journal.read_text().splitlines())
+    return [record["dest"] for record in records if "dest" in record]
+
+
+def left_in(folder: Path, *prefixes: str) -> list[str]:
+    """What a host's program left in its TMPDIR: sandboxes of its own, folders and sockets of ours."""
+    return [path.name for path in scratch(folder).iterdir() if path.name.startswith((*prefixes, "rollout"))]
