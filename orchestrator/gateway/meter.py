@@ -282,7 +282,9 @@ class RolloutMeter:
             answered = f"HTTP {call.status}" if call.status else "no answer"
             self._last_failure = call.status, f"{answered} from {call.grant.upstream.model}: {call.error}"
         else:
-            self._last_failure = self._own_failure = None
+            self._last_failure = None
+            if not call.hung_up:  # else nobody heard the answer: what kept it from its agent is still to be said
+                self._own_failure = None
 
     def _line(self, call: Call) -> JSON:
         secret = [*self._keys.values(), *call.grant.upstream.secrets]

@@ -138,7 +138,7 @@ def _is_factory(wanted: object) -> bool:
 def _is_exec_only(made: object) -> bool:
     """Whether it is an `ExecSandbox`: it can exec by itself, and has no handles."""
     able = all(callable(getattr(made, name, None)) for name in ("start", "exec", "upload", "download"))
-    return able and not hasattr(made, "handle")
+    return able and not callable(getattr(made, "handle", None))
 
 
 def _kind(name: str) -> Any:

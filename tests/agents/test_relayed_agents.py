@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import socket
 import tempfile
 from pathlib import Path
 
@@ -142,3 +144,33 @@ class WithoutPython(LocalSandbox):
         """A relay's finds nothing."""
         made = super().handle(name, trusted=trusted)
         return NoPrograms(made) if name == HANDLE else made
+
+
+async def test_a_url_that_is_exposed_is_where_agents_call(play, relays):
+    """A tunnel of the user's ends at the port that they chose for the gateway; no relay is started."""
+    passed = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    async def carry(client):
+        passed.append(client)
+        async with client, await anyio.connect_tcp("127.0.0.1", port) as gateway, anyio.create_task_group() as ways:
+            ways.start_soon(pour, client, gateway)
+            ways.start_soon(pour, gateway, client)
+
+    async def pour(source, target):
+        with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            while True:
+                await target.send(await source.receive())
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            await target.send_eof()
+
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as tunnel, anyio.create_task_group() as tasks:
+        tasks.start_soon(tunnel.serve, carry)
+        url = f"http://127.0.0.1:{tunnel.extra(anyio.abc.SocketAttribute.local_port)}/"
+        played = await play("minimal-acp", ShellScript(SOLVE), gateway_reach=url, gateway_port=port, **FAR)
+        tasks.cancel_scope.cancel()
+    assert (played.result.state, played.result.reward) == ("closed/rewarded", 1.0), played.result.errors
+    assert played.total == played.provider
+    assert (len(passed) > 0, relays) == (True, [])

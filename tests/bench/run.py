@@ -139,6 +139,18 @@ def rows() -> list[Row]:
             )
             for channel, limit in (("session", 60), ("pty", 10))
         ),
+        Row(
+            "an ACP line there and back where the sandbox can only exec, median",
+            measured("exec_only_round_trip_ms()", "bench_relay"),
+            150,
+            "ms",
+        ),
+        Row(
+            "a request there and back by the relay, above the direct path, median",
+            best_of(3, lambda: measured("local_added_ms()", "bench_relay")),
+            1,
+            "ms",
+        ),
         Row("`rollout --help`, CPU above a bare interpreter", measured(f"start_cpu({RUN_HELP!r})"), 0.25, "s"),
         Row("`import orchestrator`, CPU above it", measured("start_cpu('import orchestrator')"), 0.15, "s"),
         Row("heavy libraries that `import orchestrator` loads", measured("heavy_count('import orchestrator')"), 0, ""),
