@@ -39,7 +39,7 @@ EXIT_CODES: Mapping[int, str] = {
 
 ENDINGS: Mapping[str | None, int] = {"rewarded": 0, "unverified": 0, "failed": 1, "void": 3, "cancelled": 4, None: 5}
 
-EXPORTS = ("atif", "inspect", "verifiers-jsonl", "benchflow")
+EXPORTS = ("atif", "inspect", "otel", "verifiers-jsonl", "benchflow")
 """The formats of `rollout export`: those of `orchestrator.export`, which is not imported for a list of words."""
 
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -656,6 +656,7 @@ def export(folder: Path, to: str, output: Path | None, *, as_json: bool) -> int:
     \b
       atif             the trajectory format that Harbor reads
       inspect          a log for Inspect's viewer, named .json
+      otel             OpenTelemetry spans, as OTLP JSON
       verifiers-jsonl  a line a rollout for verifiers' traces.jsonl; FOLDER may hold several
       benchflow        a folder as BenchFlow writes them
 

@@ -174,20 +174,25 @@ class Rollout:
     async def run(self) -> RolloutResult:
         """Drive it to its close (or to where it was stopped) and return what came of it."""
         try:
-            async for _ in self.run_iter():
-                pass
+            while self._goes_on():
+                await self.step()
         except anyio.get_cancelled_exc_class():
             await self._close_in_spite_of_cancellation()
             raise
         except JournalError as error:
             await self._drop()
             return attrs.evolve(self.result(), verdict=Verdict("harness", str(error)))
+        finally:
+            self._world.undriven(self._position)
         return self.result()
 
     async def run_iter(self) -> AsyncIterator[Transition]:
         """The same, transition by transition, for those who watch. Leaving early leaves it where it stands."""
-        while not self.closed and not self._is_stopped():
-            yield await self.step()
+        try:
+            while self._goes_on():
+                yield await self.step()
+        finally:
+            self._world.undriven(self._position)
 
     async def _close_in_spite_of_cancellation(self) -> None:
         """Cancel it and drive it to its close, which the deadlines bound, however often the host cancels us."""
@@ -243,7 +248,8 @@ class Rollout:
         with anyio.CancelScope(deadline=anyio.current_time() + deadline.seconds) as scope:
             self._running.append(scope)
             try:
-                return await HANDLERS[state](self, self._world), "handler"
+                with self._world.telemetry.driving(state, self.config.clock):
+                    return await HANDLERS[state](self, self._world), "handler"
             except JournalError:
                 raise
             except Exception as error:
@@ -269,6 +275,7 @@ class Rollout:
         self._position = position
         self._stage = stage_after(self._stage, event, position.state)
         self._unheard.append(moved)
+        self._world.telemetry.moved(moved)
         return moved
 
     async def _tell(self) -> None:
@@ -335,6 +342,9 @@ class Rollout:
 
     def _waits_for(self, kind: type[Event]) -> bool:
         return any(isinstance(event, kind) for event in self._inbox)
+
+    def _goes_on(self) -> bool:
+        return not self.closed and not self._is_stopped()
 
     def _is_stopped(self) -> bool:
         return self._world.leaving and self.state in ("disconnected", "verifying")

@@ -39,11 +39,12 @@ from orchestrator.redact import RedactingSink, Redactor, secrets_of
 from orchestrator.registry import Place
 from orchestrator.result import RolloutResult, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
+from orchestrator.telemetry import Telemetry
 from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent, IdlePassed, Next, Share
-from states.journal import Folded, Header, LeaseRecord, Stopped
+from states.journal import Folded, Header, LeaseRecord, Stopped, Transition
 from states.machine import Facts, Position, Rules
 from states.ports import (
     Connection,
@@ -123,6 +124,7 @@ class LiveWorld:
     _told: Sink
     _hold: Hold
     _bell: Bell
+    telemetry: Telemetry
     _places: dict[str, Place] = attrs.field(factory=dict, init=False)
     _sandboxes: list[Sandbox] = attrs.field(factory=list, init=False)
     _verifiers: list[Verifier] = attrs.field(factory=list, init=False)
@@ -532,8 +534,18 @@ class LiveWorld:
         )
         return redacted(result, self._redactor.text)
 
+    def undriven(self, position: Position) -> None:
+        """Nobody drives it any more, for now or for good: its spans end. Idempotent."""
+
+        def at() -> float:
+            moved = (record.time for record in reversed(self.journal.records) if isinstance(record, Transition))
+            return next(moved, self.config.clock()) if position.closed else self.config.clock()
+
+        self.telemetry.over(lambda: self.result(position), at)
+
     def close(self, position: Position) -> None:
         """Write the result and give the files back."""
+        self.undriven(position)
         self._close_files()
         while self._scratch:
             shutil.rmtree(self._scratch.pop(), ignore_errors=True)
@@ -602,11 +614,13 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     def model_called(line: dict[str, Any]) -> None:
         llm.write(encode_any(line))
         bell.ring()
+        telemetry.called(line)
 
     if folder:
         (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
     instruction = config.prompt if config.prompt is not None else task.instruction if task is not None else ""
     writer = JournalWriter(journal, config.clock, header)
+    telemetry = Telemetry(header, redactor.text, writer.note)
     tell = Teller(instruction, writer, steps, limits)
     questions = Questions(config.policy, terminal=config.terminal)
     questions.bind(config.on_ask_user)
@@ -629,6 +643,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         told,
         hold,
         bell,
+        telemetry,
     )
     if led is not None:
         world.led_by(led, scene, tell)

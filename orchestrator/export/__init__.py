@@ -25,7 +25,7 @@ from states.errors import ConfigError
 
 __all__ = ["FORMATS", "Format", "FormatName", "Recorded", "Source", "document", "export", "files_of", "recorded"]
 
-FormatName = Literal["atif", "inspect", "verifiers-jsonl", "benchflow"]
+FormatName = Literal["atif", "inspect", "otel", "verifiers-jsonl", "benchflow"]
 
 
 @attrs.frozen
@@ -52,6 +52,7 @@ FORMATS: Mapping[str, Format] = {
         Format(
             "inspect", "Inspect's viewer and API", "json", "orchestrator.export.inspect_log:to_inspect", suffix=".json"
         ),
+        Format("otel", "OpenTelemetry collectors: OTLP JSON", "json", "orchestrator.export.otel:to_otel"),
         Format(
             "verifiers-jsonl",
             "verifiers and trainers: one line a rollout",

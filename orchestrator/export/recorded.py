@@ -59,6 +59,8 @@ class Call:
     status: int | None
     error: str | None
     streamed: bool
+    first_byte: float | None
+    """Seconds until the first byte of the answer."""
     usage: Usage | None
     request: Mapping[str, Any] = attrs.field(repr=False)
     response: Mapping[str, Any] | None = attrs.field(repr=False)
@@ -80,6 +82,7 @@ class Call:
             status=line.get("status"),
             error=line.get("error"),
             streamed=bool(line.get("streamed")),
+            first_byte=line.get("first_byte_sec"),
             usage=Usage(calls=1, failed_calls=failed, **used) if used else None,
             request=line.get("request") or {},
             response=line.get("response"),
