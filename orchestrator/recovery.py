@@ -17,6 +17,7 @@ import msgspec
 
 from orchestrator.capture import TurnSegment, recovered
 from orchestrator.config import RolloutConfig
+from orchestrator.gateway.llm_log import used_by
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, read_journal, read_lines
 from orchestrator.leases import JournaledLeases
 from orchestrator.metering import remove_socket
@@ -24,6 +25,7 @@ from orchestrator.registry import Registry
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes import reaper
+from orchestrator.telemetry import Telemetry
 from orchestrator.world import owner, started_at, write_result
 from states.counting import total
 from states.deadlines import DEADLINES, Deadline
@@ -142,7 +144,7 @@ class LoggedMeter:
         used: dict[tuple[str, int], Usage] = {}
         for line in map(msgspec.json.decode, read_lines(self.file) if self.file.exists() else ()):
             key = line.get("role", self.role), line.get("turn", self.turn)
-            used[key] = used.get(key, Usage()) + _call_usage(line)
+            used[key] = used.get(key, Usage()) + used_by(line)
         return tuple(Share(role, turn, usage) for (role, turn), usage in used.items())
 
     async def settle(self) -> Usage:
@@ -159,15 +161,6 @@ class LoggedMeter:
         return None
 
 
-def _call_usage(line: dict[str, Any]) -> Usage:
-    if line.get("via") == "refused":
-        return Usage()
-    failed = bool(line.get("error")) or not 200 <= line["status"] < 300
-    if line["usage"] is None:
-        return Usage(1, int(failed), cost=0.0 if failed else None)
-    return Usage(1, int(failed), **line["usage"])
-
-
 @attrs.define(eq=False)
 class ReaperWorld:
     """What the handlers of a rollout that was taken over may do: read what is on disk, and give back."""
@@ -178,6 +171,7 @@ class ReaperWorld:
     journal: JournalWriter
     leases: JournaledLeases
     meter: LoggedMeter
+    telemetry: Telemetry
     leaving: bool = False
 
     @classmethod
@@ -196,6 +190,7 @@ class ReaperWorld:
             journal,
             JournaledLeases(journal.write, ways, dict(folded.leases)),
             LoggedMeter(folder / "llm.jsonl", folded.position.facts.role, folded.position.facts.prompted),
+            Telemetry(header, str, journal.note),
         )
 
     def deadline(self, state: str, _stage: Stage, _facts: Facts) -> Deadline:

@@ -183,7 +183,7 @@ class Rollout:
             await self._drop()
             return attrs.evolve(self.result(), verdict=Verdict("harness", str(error)))
         finally:
-            self._world.undriven(self._position)
+            self._undriven()
         return self.result()
 
     async def run_iter(self) -> AsyncIterator[Transition]:
@@ -192,7 +192,7 @@ class Rollout:
             while self._goes_on():
                 yield await self.step()
         finally:
-            self._world.undriven(self._position)
+            self._undriven()
 
     async def _close_in_spite_of_cancellation(self) -> None:
         """Cancel it and drive it to its close, which the deadlines bound, however often the host cancels us."""
@@ -237,6 +237,7 @@ class Rollout:
             await self._tell()
         finally:
             if self.closed:
+                self._undriven()
                 self._world.close(self._position)
         if not self.closed:
             await anyio.lowlevel.checkpoint()  # with hundreds on one loop, each has its turn a state at a time
@@ -342,6 +343,12 @@ class Rollout:
 
     def _waits_for(self, kind: type[Event]) -> bool:
         return any(isinstance(event, kind) for event in self._inbox)
+
+    def _undriven(self) -> None:
+        """Nobody drives it any more, for now or for good: its spans end. Idempotent."""
+        last = next((record for record in reversed(self._journal.records) if isinstance(record, Transition)), None)
+        over = last.time if last is not None and self.closed else None
+        self._world.telemetry.over(self.result, self.config.clock, over)
 
     def _goes_on(self) -> bool:
         return not self.closed and not self._is_stopped()

@@ -226,7 +226,7 @@ def _of_call(call: Call) -> Attributes:
         "gen_ai.response.finish_reasons": (call.finish,) if call.finish else None,
         "gen_ai.response.time_to_first_chunk": call.first_byte if call.streamed else None,
         "rollout.role": call.role,
-        **(_of_usage(call.usage) if call.usage else {}),
+        **(_of_usage(call.counted) if call.counted.calls > call.counted.failed_calls else {}),
     }
 
 
@@ -305,7 +305,7 @@ class Telemetry:
 
     def called(self, line: Mapping[str, Any]) -> None:
         """A model call was written to `llm.jsonl`."""
-        if not self._telling:
+        if not self._telling or line.get("via") == "refused":  # a budget was spent: no model heard of it
             return
         from orchestrator.export.recorded import Call
 
@@ -313,11 +313,11 @@ class Telemetry:
             for telling in self._telling:
                 telling.called(Call.of(line))
 
-    def over(self, result: Callable[[], RolloutResult], at: Callable[[], float]) -> None:
-        """It is closed, or driven no more. Idempotent; who drives it on begins anew."""
+    def over(self, result: Callable[[], RolloutResult], now: Callable[[], float], closed: float | None) -> None:
+        """It was closed then, or is driven no more from now on. Idempotent; who drives it on begins anew."""
         with self._harmless():
             while self._telling:
-                self._telling.pop().over(result(), at())
+                self._telling.pop().over(result(), now() if closed is None else closed)
         self._asked.clear()
 
     @contextlib.contextmanager

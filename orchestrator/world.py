@@ -44,7 +44,7 @@ from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
 from states.events import BudgetSpent, IdlePassed, Next, Share
-from states.journal import Folded, Header, LeaseRecord, Stopped, Transition
+from states.journal import Folded, Header, LeaseRecord, Stopped
 from states.machine import Facts, Position, Rules
 from states.ports import (
     Connection,
@@ -534,18 +534,8 @@ class LiveWorld:
         )
         return redacted(result, self._redactor.text)
 
-    def undriven(self, position: Position) -> None:
-        """Nobody drives it any more, for now or for good: its spans end. Idempotent."""
-
-        def at() -> float:
-            moved = (record.time for record in reversed(self.journal.records) if isinstance(record, Transition))
-            return next(moved, self.config.clock()) if position.closed else self.config.clock()
-
-        self.telemetry.over(lambda: self.result(position), at)
-
     def close(self, position: Position) -> None:
         """Write the result and give the files back."""
-        self.undriven(position)
         self._close_files()
         while self._scratch:
             shutil.rmtree(self._scratch.pop(), ignore_errors=True)

@@ -3,7 +3,8 @@
 One document a rollout. Roles take turns in one sandbox, so their steps stand in one sequence, in the order in which
 they happened, and each says in `extra.role` whose it is: a scene is no delegation, and has no subagents. An agent's
 step is one inference where that is known; its `metrics` are the usage of the calls behind it, and `llm_call_count` says
-how many those are, so the metrics of all steps add up to `final_metrics`. What an agent asked, and what was answered,
+how many those are, so the metrics of all steps add up to `final_metrics`, but for what a director used: that stands in
+its `extra.outside_turns`. What an agent asked, and what was answered,
 are steps of the system. What a rollout ended as stands in `notes` and in `extra.outcome`.
 """
 
@@ -148,7 +149,11 @@ def _final(rollout: Recorded) -> dict[str, Any]:
             "total_completion_tokens": total.output_tokens,
             "total_cached_tokens": total.cache_read_input_tokens,
             "total_cost_usd": total.cost,
-            "extra": {"usage": attrs.asdict(total), "by_role": {k: attrs.asdict(v) for k, v in usage.by_role.items()}},
+            "extra": {
+                "usage": attrs.asdict(total),
+                "by_role": {role: attrs.asdict(used) for role, used in usage.by_role.items()},
+                "outside_turns": attrs.asdict(sum((call.counted for call in rollout.other_calls), Usage())),
+            },
         }
     )
 

@@ -104,7 +104,7 @@ def _exchange(call: Call) -> JSON:
         "request": {**request, "body": dict(call.request)},
         "response": {**response, "body": said},
         "duration_ms": round((call.ended - call.began) * 1000, 3),
-        "metadata": {"role": call.role, "model": call.upstream_model, "cost_usd": call.usage and call.usage.cost},
+        "metadata": {"role": call.role, "model": call.upstream_model, "cost_usd": call.counted.cost},
     }
 
 

@@ -211,8 +211,6 @@ class _Pool:
 def _events(rollout: Recorded, pool: _Pool) -> Iterator[JSON]:
     """Every stay in a state as a span, and in it what happened; numbered, so that the same log comes out each time."""
     turns = iter(rollout.turns)
-    told = {call.number for turn in rollout.turns for call in turn.calls}
-    rest = [call for call in rollout.calls if call.number not in told]
     start = rollout.result.started
     for number, visit in enumerate(rollout.visits):
         span = f"{rollout.id}-{number}"
@@ -220,7 +218,9 @@ def _events(rollout: Recorded, pool: _Pool) -> Iterator[JSON]:
         happened = [_begin(span, visit.state, "state", visit.entered)]
         if visit.state == "executing" and (turn := next(turns, None)) is not None:
             happened += _turn_events(rollout, turn, span, pool)
-        happened += [_model_event(call, span, pool) for call in rest if visit.entered <= call.began <= ended]
+        happened += [
+            _model_event(call, span, pool) for call in rollout.other_calls if visit.entered <= call.began <= ended
+        ]
         happened += _ways_out(rollout, visit, span, ended)
         happened.append({"event": "span_end", "id": span, "span_id": span, "timestamp": iso(ended)})
         for place, event in enumerate(happened):
@@ -260,7 +260,7 @@ def _model_event(call: Call, span: str, pool: _Pool) -> JSON:
     output = {
         "model": call.upstream_model or call.model,
         "choices": [{"message": {**message, "source": "generate"}, "stop_reason": _stop(call)}] if message else [],
-        "usage": _usage(call.counted) if call.usage else None,
+        "usage": _usage(call.counted) if call.counted.tokens else None,
         "time": round(call.ended - call.began, 6),
     }
     return lean(

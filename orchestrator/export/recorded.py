@@ -18,7 +18,7 @@ import msgspec
 
 from orchestrator.capture import RecordedSegment, read_trajectory
 from orchestrator.export import chat
-from orchestrator.gateway.llm_log import expand
+from orchestrator.gateway.llm_log import expand, used_by
 from orchestrator.journal import encode_any, read_journal, read_lines
 from orchestrator.result import RolloutResult
 from orchestrator.show import story_of
@@ -46,7 +46,7 @@ def _block(block: Any) -> str:
 
 @attrs.frozen
 class Call:
-    """One model call. Times are seconds since the epoch; `usage` is None where nothing was counted."""
+    """One model call. Times are seconds since the epoch."""
 
     number: int
     role: str
@@ -61,15 +61,16 @@ class Call:
     streamed: bool
     first_byte: float | None
     """Seconds until the first byte of the answer."""
-    usage: Usage | None
+    turn: int
+    """The turn in which it was made, from 1; 0 before the role's first one, and where the log does not say."""
+    counted: Usage
+    """What it adds to sums."""
     request: Mapping[str, Any] = attrs.field(repr=False)
     response: Mapping[str, Any] | None = attrs.field(repr=False)
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Call:
         """Read it off a line of `llm.jsonl`, its references resolved."""
-        used = line.get("usage")
-        failed = int(bool(line.get("error")) or not 200 <= (line.get("status") or 0) < 300)
         began = float(line["time"])
         return cls(
             number=line["call"],
@@ -83,15 +84,11 @@ class Call:
             error=line.get("error"),
             streamed=bool(line.get("streamed")),
             first_byte=line.get("first_byte_sec"),
-            usage=Usage(calls=1, failed_calls=failed, **used) if used else None,
+            turn=int(line.get("turn") or 0),
+            counted=used_by(line),
             request=line.get("request") or {},
             response=line.get("response"),
         )
-
-    @property
-    def counted(self) -> Usage:
-        """What it adds to sums."""
-        return self.usage or Usage(calls=1, failed_calls=1)
 
     @functools.cached_property
     def asked(self) -> tuple[chat.Message, ...]:
@@ -215,6 +212,8 @@ class Recorded:
     visits: tuple[Visit, ...]
     turns: tuple[Turn, ...]
     calls: tuple[Call, ...]
+    other_calls: tuple[Call, ...]
+    """Those of `calls` that belong to no turn: a director's."""
     agents: Mapping[str, str]
     """What an agent said it is when it was connected, by role."""
 
@@ -272,17 +271,20 @@ def recorded(source: Source) -> Recorded:
     calls = tuple(_calls(folder))
     moves = [record for record in records if isinstance(record, Transition)]
     used = {share.turn: share.usage for share in story.result.usage.by_turn}
+    turns = tuple(
+        attrs.evolve(turn, usage=used.get(turn.number, turn.usage))
+        for turn in _turns(read_trajectory(folder), moves, calls, records[-1].time)
+    )
+    of_turns = {call.number for turn in turns for call in turn.calls}
     return Recorded(
         folder=folder,
         about=story.about,
         result=story.result,
         records=tuple(records),
         visits=story.visits,
-        turns=tuple(
-            attrs.evolve(turn, usage=used.get(turn.number, turn.usage))
-            for turn in _turns(read_trajectory(folder), moves, calls, records[-1].time)
-        ),
+        turns=turns,
         calls=calls,
+        other_calls=tuple(call for call in calls if call.number not in of_turns),
         agents=_agents(moves),
     )
 
@@ -327,7 +329,8 @@ def _turns(
     roles = [str(segment.about.get("role", "")) for segment in segments]
     owned: dict[int, list[Call]] = {}
     for call in calls:
-        owned.setdefault(_turn_of(call, roles, began), []).append(call)
+        at = call.turn - 1 if 0 < call.turn <= len(roles) else _turn_of(call, roles, began)
+        owned.setdefault(at, []).append(call)
     return tuple(
         _turn(segment, _moves_of(segment.number, moves), tuple(owned.get(at, ())), began[at], end)
         for at, segment in enumerate(segments)
@@ -335,7 +338,7 @@ def _turns(
 
 
 def _turn_of(call: Call, roles: Sequence[str], began: Sequence[float]) -> int:
-    """The turn that a call belongs to: its role's last one that had begun, or else its first; -1 if it has none."""
+    """By time: its role's last turn that had begun, or else its first; -1 if it has none, as a director's has none."""
     own = [at for at, role in enumerate(roles) if not call.role or role == call.role]
     return next((at for at in reversed(own) if began[at] <= call.began), own[0] if own else -1)
 

@@ -32,7 +32,7 @@ def to_verifiers(source: Source) -> list[JSON]:
     """The rollout as lines: one episode (JSON values). Raises as `recorded` does."""
     rollout = recorded(source)
     ok = rollout.result.ending in {"rewarded", "unverified"}
-    roles = dict.fromkeys(turn.role for turn in rollout.turns)
+    roles = dict.fromkeys([*(turn.role for turn in rollout.turns), *(call.role for call in rollout.calls if call.role)])
     traces = [_trace(rollout, role, ok=ok, first=number == 0) for number, role in enumerate(roles)]
     episode = {
         "id": rollout.id,
@@ -116,7 +116,8 @@ def _trace(rollout: Recorded, role: str, *, ok: bool, first: bool) -> JSON:
     if not calls:
         for turn in turns:
             graph.conversation(turn.messages, turn.began)
-    stop = STOPS.get(turns[-1].ended_by, turns[-1].ended_by)
+    ended_by = turns[-1].ended_by if turns else ""
+    stop = STOPS.get(ended_by, ended_by)
     tools = {tool.name: tool for call in calls for tool in call.tools}
     return {
         "version": 1,
@@ -191,7 +192,7 @@ def _call(call: Call, graph: _Graph) -> JSON:
             "model": call.model or None,
             "endpoint": call.api,
             "finish_reason": call.finish if call.finish in {"stop", "length", "tool_calls"} else None,
-            "usage": _usage(call.usage),
+            "usage": _usage(call.counted) if call.counted.tokens else None,
             "time": {"start": call.began, "end": call.ended},
             "error": {"type": "ProviderError", "message": call.error, "status_code": call.status}
             if call.error
@@ -222,7 +223,7 @@ def _timing(rollout: Recorded, turns: Sequence[Turn]) -> JSON:
             return {}
         return {"start": stays[0].entered, "end": stays[-1].entered + stays[-1].seconds}
 
-    began, ended = turns[0].began, turns[-1].ended
+    began, ended = (turns[0].began, turns[-1].ended) if turns else (rollout.result.started, rollout.ended)
     model = sum(call.ended - call.began for call in itertools.chain.from_iterable(turn.calls for turn in turns))
     return {
         "start": rollout.result.started,

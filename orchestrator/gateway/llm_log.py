@@ -13,10 +13,12 @@ A line of a growing conversation thus holds one reference and what is new.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
+
+from states.events import Usage
 
 JSON = dict[str, Any]
 _REDACTED = "[redacted]"
@@ -71,6 +73,16 @@ def expand(lines: Iterable[JSON]) -> Iterator[JSON]:
             if isinstance(line.get(part), dict):
                 out[part] = {key: reader.value(value) for key, value in line[part].items()}
         yield out
+
+
+def used_by(line: Mapping[str, Any]) -> Usage:
+    """What a call adds to sums, read off its line. What was refused here never reached a model."""
+    if line.get("via") == "refused":
+        return Usage()
+    failed = bool(line.get("error")) or not 200 <= (line.get("status") or 0) < 300
+    if line["usage"] is None:
+        return Usage(1, int(failed), cost=0.0 if failed else None)
+    return Usage(1, int(failed), **line["usage"])
 
 
 class _Reader:

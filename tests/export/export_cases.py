@@ -13,6 +13,7 @@ from harness import TRANSPORTS, Stand, build
 from test_ways_out import NOT_THERE, WAYS
 
 from orchestrator import ExecResult, Role, Rollout, RolloutConfig, Scene, Turn, Usage
+from orchestrator.config import DirectorRole
 from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.script import Fail, Say, Shell, Steps
 from orchestrator.gateway.scripted import ScriptedUpstream
@@ -96,7 +97,9 @@ def rich(root: Path) -> dict[str, Case]:
 
 
 def reply(conversation: Any) -> Any:
-    """A coder who works in two steps, and a reviewer who looks once."""
+    """A coder who works in two steps, a reviewer who looks once, and a user who leads for one turn."""
+    if "Say DONE" in conversation.user:
+        return Say("Please do it." if conversation.prompts == 1 else "Thanks.\nDONE")
     if REVIEW in conversation.user:
         return Steps(Shell("cat answer.txt"), Say("It is <b>right</b>."))(conversation)
     return Steps(Shell("make it"), Shell("make it again"), Say("Done."))(conversation)
@@ -132,6 +135,14 @@ def metered(root: Path) -> dict[str, Case]:
         "two_roles": (reply, {"agent": None, "scene": scene}),
         "void": (lambda _conversation: Fail(500, "down"), {}),
         "unverified": (reply, {"verifier": None}),
+        "led": (
+            reply,
+            {
+                "agent": None,
+                "scene": Scene((Role("coder", "minimal"),), ()),
+                "director": DirectorRole(Role("user", "minimal"), "You want it done."),
+            },
+        ),
     }
     cases = {}
     for name, (script, config) in kinds.items():

@@ -155,7 +155,13 @@ def test_a_folder_of_rollouts_is_told_from_a_rollout(one_role, rollout):
     """A format of lines has one for each; any other wants one rollout."""
     code, out, _ = rollout("export", one_role.folder.parent, "--to", "verifiers-jsonl")
     assert code == 0
-    assert [json.loads(line)["id"] for line in out.splitlines()] == ["one_role", "two_roles", "void", "unverified"]
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [
+        "one_role",
+        "two_roles",
+        "void",
+        "unverified",
+        "led",
+    ]
     code, _, err = rollout("export", one_role.folder.parent, "--to", "atif")
     assert code == 2
     assert "holds no rollout" in err
@@ -166,10 +172,23 @@ def test_a_folder_of_rollouts_is_told_from_a_rollout(one_role, rollout):
 
 def test_the_usage_of_acts_is_the_usage_of_the_rollout(cases):
     """To the token and the cent, in every metered rollout; and it is what the provider counted."""
-    for name in ("one_role", "two_roles", "void", "unverified"):
+    for name in ("one_role", "two_roles", "void", "unverified", "led"):
         read = recorded(cases[name].folder)
         used = sum((act.usage for turn in read.turns for act in turn.acts), Usage())
-        assert used == read.result.usage.total == cases[name].provider, name
+        beside = sum((call.counted for call in read.other_calls), Usage())
+        assert used + beside == read.result.usage.total == cases[name].provider, name
+        assert (beside.calls > 0) == (name == "led")
+
+
+def test_a_directors_calls_belong_to_no_turn(cases):
+    """Its role takes none; its usage is there beside that of the turns."""
+    read = recorded(cases["led"].folder)
+    assert {call.role for call in read.other_calls} == {"user"}
+    assert [turn.role for turn in read.turns] == ["coder"]
+    final = document(cases["led"].folder, "atif")["final_metrics"]
+    assert final["extra"]["outside_turns"]["calls"] == len(read.other_calls) == 2
+    (line,) = document(cases["led"].folder, "verifiers-jsonl")
+    assert [trace["agent"]["name"] for trace in line["traces"]] == ["coder", "user"]
 
 
 def test_each_act_is_one_model_call(two_roles):
