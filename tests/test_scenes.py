@@ -430,6 +430,59 @@ def test_the_caller_says_who_plays_the_user(tmp_path):
         scene_of(task, {"usr": "noop"})
 
 
+PACKAGE = """\
+---
+schema_version: "1.3"
+metadata: {category: office-knowledge-work, difficulty: hard}
+agent: {timeout_sec: 1200}
+verifier: {timeout_sec: 240}
+sandbox: {cpus: 2, memory_mb: 4096}
+agents:
+  roles:
+    planner: {agent: claude-agent-acp, model: claude-sonnet-4-6, capabilities: [tool-use]}
+    executor: {agent: codex-acp, model: gpt-5.5, reasoning_effort: high}
+scenes:
+  - name: plan
+    turns: [{role: planner}]
+  - name: implement
+    turns: [{role: executor}]
+user:
+  model: claude-haiku
+  stop_rule: satisfied-or-5-rounds
+  private_facts: {hidden_need: Use the quarterly file.}
+benchflow:
+  nudges: {mode: simulated-user, branchable: true, nudge_budget: 4, confirmation_policy: {destructive_actions: human}}
+---
+
+## prompt
+
+Split the service.
+
+## scene:plan
+
+Write a plan.
+
+## user-persona
+
+You are impatient.
+"""
+
+
+def test_a_package_of_benchflow_names_its_agents_models_and_user_and_each_finds_its_provider(tmp_path, monkeypatch):
+    """As it is written: nothing has to be given but the keys."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "key-of-anthropic")
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-openai")
+    keywords = rollout_of(task_md(tmp_path, PACKAGE))
+    assert (keywords["task"].limits.cpus, keywords["director"].limit) == (2, 4)
+    rollout = Rollout(RolloutConfig(**keywords, out=None))
+    assert {(name, member.agent.name, member.upstream.model) for name, member in rollout._world.cast.items()} == {
+        ("planner", "claude-agent-acp", "claude-sonnet-4-6"),
+        ("executor", "codex-acp", "gpt-5.5"),
+        ("user", "model-user", "claude-haiku"),
+    }
+    assert [turn.prompt for turn in keywords["scene"].turns] == ["Write a plan.", None]
+
+
 def test_a_role_with_the_name_of_the_user_is_refused_when_somebody_shall_play_the_user(tmp_path):
     text = PLAYED.replace("planner", "user")
     task = task_md(tmp_path, text)
