@@ -38,7 +38,7 @@ from orchestrator.gateway.upstream import PROVIDERS
 from orchestrator.install import ensure_installed
 from orchestrator.result import RolloutResult
 from orchestrator.rollout import Rollout
-from states.errors import ConfigError, SandboxError
+from states.errors import ConfigError, OrchestratorError, SandboxError
 
 MODEL_VARIABLES = frozenset(key for provider in PROVIDERS.values() for key in provider.keys) | {
     f"{name.upper()}_BASE_URL" for name in PROVIDERS
@@ -164,13 +164,19 @@ class OrchestratorAgent(BaseAgent):
         )
 
     def _write_trajectory(self, result: RolloutResult) -> None:
-        """ATIF, in one move: where logs are mounted, an agent may have left a link of that name."""
+        """ATIF, in one move: where logs are mounted, an agent may have left a link of that name.
+
+        What goes wrong is said in Harbor's log: the trial is not to fail for it.
+        """
         from orchestrator.export.atif import to_atif
 
         assert result.folder is not None
         draft = result.folder / "trajectory.atif.json"
-        draft.write_text(json.dumps(to_atif(result.folder), ensure_ascii=False), encoding="utf-8")
-        draft.replace(self.logs_dir / "trajectory.json")
+        try:
+            draft.write_text(json.dumps(to_atif(result.folder), ensure_ascii=False), encoding="utf-8")
+            draft.replace(self.logs_dir / "trajectory.json")
+        except (OrchestratorError, OSError) as error:
+            self.logger.warning("no trajectory of rollout %s: %s", result.rollout, error)
 
 
 def _config(instruction: str, options: Any, env: Mapping[str, str], **settings: Any) -> RolloutConfig:

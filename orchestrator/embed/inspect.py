@@ -56,7 +56,7 @@ from orchestrator.gateway.formats import FORMATS, Api
 from orchestrator.gateway.retold import as_stream
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.rollout import Rollout
-from states.errors import JournalError, MissingExtra, SandboxError, said
+from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, said
 from states.events import Captured
 from states.ports import ExecResult
 
@@ -299,7 +299,11 @@ class ModelEndpoint:
 
 @asynccontextmanager
 async def _serving() -> AsyncIterator[ModelEndpoint]:
-    """Serve Inspect's model on a free port. A client that goes away cancels its call."""
+    """Serve Inspect's model on a free port. A client that goes away cancels its call. Raises `ConfigError` on trio."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigError("rollouts in Inspect need its asyncio backend: the model gateway does") from None
     app = web.Application(client_max_size=64 * 1024 * 1024)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     listener = socket.create_server(("127.0.0.1", 0))
@@ -333,6 +337,8 @@ async def _by_responses(body: JSON) -> JSON:
     async with _openai() as client:
         reply = await client.post("/responses", cast_to=Response, body=body)
     told: JSON = reply.model_dump(mode="json")
+    if used := told.get("usage"):  # the bridge leaves cached tokens out here, and in the total has them in
+        used["input_tokens"] = used["total_tokens"] - used["output_tokens"]
     return told
 
 

@@ -121,7 +121,6 @@ class RolloutHarness(Harness[RolloutHarnessConfig]):
             idle_sec=asked.idle_sec,
             policy=asked.policy,
             usage_tracking="off",  # the interception server counts
-            network="host",
             **settings,
         )
 

@@ -46,8 +46,11 @@ TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cancelled": ({"agent": "minimal", "out": LOGS / "runs", "hooks": (partial(cancel, LOGS / "runs"),)}, {}),
 }
 
+REAL = {"codex": ({"agent": "codex-acp"}, {}), "claude": ({"agent": "claude-agent-acp"}, {})}
+"""Only when they are named."""
+
 for name in sys.argv[2:] or TRIALS:
-    settings, limits = TRIALS[name]
+    settings, limits = {**TRIALS, **REAL}[name]
     (log,) = evaluate(
         demo(name, rollout_agent(**settings), **limits),
         model=f"{MODEL}/{name}",

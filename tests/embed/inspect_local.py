@@ -16,6 +16,7 @@ from inspect_ai.solver import TaskState
 from inspect_ai.util import ExecResult, SandboxEnvironment, sandbox, sandboxenv
 
 import orchestrator
+from orchestrator.install import cache_root
 from orchestrator.sandboxes.local import LocalSandbox
 from orchestrator.tasks import demo_task, install, load_task
 from states.errors import ExecTimeout, SandboxError
@@ -37,7 +38,7 @@ class LocalEnvironment(SandboxEnvironment):
             await environment.stop()
 
     async def start(self) -> None:
-        binds = [Path(sys.base_prefix), Path(orchestrator.__file__).parent / "agents"]
+        binds = [Path(sys.base_prefix), Path(orchestrator.__file__).parent / "agents", cache_root() / "agents"]
         self.root = Path(tempfile.mkdtemp(prefix="inspect-local-"))
         self.local = LocalSandbox(
             name=f"inspect-{self.root.name}",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anyio
 import attrs
 import pytest
 from hosts import host_python, once
+from requirements import missing
 from trials import HERE, KEY, counted, left_in, run_counted
 
+from orchestrator.install import ensure_installed
+from orchestrator.registry import default_registry
+from states.errors import ConfigError
 from states.events import Usage
 
 pytestmark = [pytest.mark.hosts, pytest.mark.sandbox]
@@ -44,17 +49,18 @@ def folder(tmp_path_factory) -> Path:
     """Every evaluation, in one process: the import of Inspect is most of what they cost."""
     python = host_python("inspect")
 
-    def run(folder: Path) -> None:
-        checks = (str(HERE / "inspect_checks.py"), str(folder / "logs"))
-        run_counted(
-            folder, python, "python", *checks, env=lambda url: {"SCRIPTED_BASE_URL": url, "SCRIPTED_API_KEY": KEY}
-        )
-
-    return once(tmp_path_factory, "inspect", run)
+    return once(tmp_path_factory, "inspect", lambda folder: run(folder, python))
 
 
-@pytest.fixture(scope="module")
-def evaluated(folder) -> dict[str, Evaluated]:
+def run(folder: Path, python: Path, *names: str) -> None:
+    """Run the evaluations of these names, or all that need no real agent."""
+    checks = (str(HERE / "inspect_checks.py"), str(folder / "logs"), *names)
+    models = lambda url: {"SCRIPTED_BASE_URL": url, "SCRIPTED_API_KEY": KEY}  # noqa: E731
+    run_counted(folder, python, "python", *checks, env=models)
+
+
+def read(folder: Path) -> dict[str, Evaluated]:
+    """What was evaluated, by name."""
     found = {}
     for file in (folder / "logs").glob("*.read.json"):
         name = file.name.partition(".")[0]
@@ -64,10 +70,31 @@ def evaluated(folder) -> dict[str, Evaluated]:
     return found
 
 
+@pytest.fixture(scope="module")
+def evaluated(folder) -> dict[str, Evaluated]:
+    return read(folder)
+
+
 @pytest.mark.parametrize("name", ["factory", "acp", "scene"])
 def test_a_sample_is_scored_by_inspect_and_counted_to_the_token(name, evaluated):
     """An agent in our process, one over ACP, and two roles; usage is in Inspect's log, and ours says the same."""
-    one = evaluated[name]
+    assert_scored_and_counted(evaluated[name])
+
+
+@pytest.mark.agents
+@pytest.mark.parametrize(("name", "agent"), [("codex", "codex-acp"), ("claude", "claude-agent-acp")])
+def test_real_agents_call_inspects_model_in_their_own_formats(name, agent, tmp_path):
+    """OpenAI responses and Anthropic messages, both streamed, to a model that speaks neither: its bridge translates."""
+    try:
+        anyio.run(ensure_installed, default_registry().resolve(agent))
+    except ConfigError as error:
+        missing("agents", str(error))
+    run(tmp_path, host_python("inspect"), name)
+    assert_scored_and_counted(read(tmp_path)[name])
+
+
+def assert_scored_and_counted(one: Evaluated) -> None:
+    """Scored 1.0, and the provider, Inspect's log and the rollout have counted the same."""
     assert (one.score, one.sample["error"]) == (1.0, None)
     logged = one.sample["model_usage"].values()
     assert (

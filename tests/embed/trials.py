@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,5 +88,18 @@ def passed(journal: Path) -> list[str]:
 
 
 def left_in(folder: Path, *prefixes: str) -> list[str]:
-    """What a host's program left in its TMPDIR: sandboxes of its own, folders and sockets of ours."""
-    return [path.name for path in scratch(folder).iterdir() if path.name.startswith((*prefixes, "rollout"))]
+    """What a host's program left: sandboxes of its own, folders and sockets of ours in its TMPDIR, and processes."""
+    names = [path.name for path in scratch(folder).iterdir() if path.name.startswith((*prefixes, "rollout"))]
+    return [*names, *(f"process {pid}: {argv}" for pid, argv in processes_of(folder))]
+
+
+def processes_of(folder: Path) -> list[tuple[str, str]]:
+    """Processes that were started by a program that ran with this TMPDIR, or work below it."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):  # it is gone by now, or not ours
+                said = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+                if str(scratch(folder)).encode() in said:
+                    found.append((process.name, (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]))
+    return found

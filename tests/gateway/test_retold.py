@@ -8,6 +8,7 @@ from orchestrator.gateway.dialects import DIALECTS, Counts
 from orchestrator.gateway.formats import FORMATS, stream_events
 from orchestrator.gateway.retold import as_stream
 from orchestrator.gateway.script import Call, Refuse, Say
+from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 
 REPLIES = {
     "words": Say("Three words here."),
@@ -49,3 +50,26 @@ def test_thinking_is_told_with_its_signature():
     reply = {"id": "m1", "type": "message", "role": "assistant", "model": "m", "content": [thought], "usage": {}}
     folded = FORMATS["anthropic-messages"].fold(stream_events(b"".join(as_stream("anthropic-messages", reply))))
     assert folded.reply["content"] == [thought]
+
+
+@pytest.fixture
+def anyio_backend():
+    """The SDKs and the scripted provider are asyncio's."""
+    return "asyncio"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("api", DIALECTS)
+async def test_real_sdks_read_what_is_told(api, monkeypatch):
+    """A tool call, its result and the last words, as the vendors' own clients put a stream together."""
+    talks = pytest.importorskip("sdk_clients").TALKS
+    dialect = DIALECTS[api]
+
+    def retold(_self, reply, counts, number, body):
+        return as_stream(api, dialect.plain(reply, counts, number, body))
+
+    monkeypatch.setattr(type(dialect), "stream", retold)
+    async with ScriptedUpstream(ShellScript("echo 7"), apis=[api]) as model:
+        given, last = await talks[api](model.url, "any", stream=True)
+    assert given == {"command": "echo 7"}
+    assert last == "Done."
