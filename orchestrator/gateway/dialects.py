@@ -83,6 +83,8 @@ class ChatDialect:
         return {"id": f"chatcmpl-{number}", "object": kind, "created": 1_700_000_000, "model": body.get("model", "")}
 
     def _finish(self, reply: Answer) -> str:
+        if _is_cut(reply):
+            return "length"
         return {Call: "tool_calls", Refuse: "content_filter"}.get(type(reply), "stop")
 
     def _usage(self, counts: Counts) -> JSON:
@@ -121,7 +123,7 @@ class ResponsesDialect:
 
     def plain(self, reply: Answer, counts: Counts, number: int, body: JSON) -> JSON:
         """The whole reply."""
-        return self._response(body, number, "completed", self._items(reply, number, body), counts)
+        return self._response(body, number, self._status(reply), self._items(reply, number, body), counts)
 
     def stream(self, reply: Answer, counts: Counts, number: int, body: JSON) -> Iterator[bytes]:
         """The reply as server-sent events; usage stands in `response.completed`."""
@@ -142,7 +144,11 @@ class ResponsesDialect:
             yield event("response.output_item.added", output_index=at, item=hollow)
             yield from self._deltas(event, item, at)
             yield event("response.output_item.done", output_index=at, item=item)
-        yield event("response.completed", response=self._response(body, number, "completed", items, counts))
+        status = self._status(reply)
+        yield event(f"response.{status}", response=self._response(body, number, status, items, counts))
+
+    def _status(self, reply: Answer) -> str:
+        return "incomplete" if _is_cut(reply) else "completed"
 
     def _deltas(self, event: Any, item: JSON, at: int) -> Iterator[bytes]:
         where = {"item_id": item["id"], "output_index": at}
@@ -198,7 +204,8 @@ class ResponsesDialect:
         }
         return {
             "id": f"resp_{number}", "object": "response", "created_at": 1_700_000_000, "status": status,
-            "error": None, "incomplete_details": None, "instructions": body.get("instructions"), "metadata": {},
+            "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.get("instructions"), "metadata": {},
             "model": body.get("model", ""), "output": items, "parallel_tool_calls": False, "temperature": None,
             "tool_choice": "auto", "tools": [], "top_p": None, "usage": usage,
         }  # fmt: skip
@@ -260,7 +267,7 @@ class MessagesDialect:
         return {**head, "content": [], "stop_reason": None, "stop_sequence": None}
 
     def _stop(self, reply: Answer) -> JSON:
-        reason = {Call: "tool_use", Refuse: "refusal"}.get(type(reply), "end_turn")
+        reason = {Call: "tool_use", Refuse: "refusal"}.get(type(reply), "max_tokens" if _is_cut(reply) else "end_turn")
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _blocks(self, reply: Answer, number: int) -> list[JSON]:
@@ -297,6 +304,10 @@ def sse(data: JSON, event: str | None = None) -> bytes:
 def pieces(text: str, size: int = 24) -> Sequence[str]:
     """A text cut as a stream cuts it; joined they are the text."""
     return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def _is_cut(reply: Answer) -> bool:
+    return isinstance(reply, Say) and reply.cut
 
 
 def _pick(item: JSON, *names: str) -> JSON:

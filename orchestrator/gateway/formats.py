@@ -11,6 +11,7 @@ had, so that everything else reads one shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -56,14 +57,16 @@ class ChatFormat:
 
     def output_limit(self, request: JSON) -> int | None:
         """How many tokens the request wants to be written at most, all its choices together; None without a limit."""
-        given = [request[name] for name in _CHAT_LIMITS if _is_count(request.get(name))]
+        given = [request[name] for name in _CHAT_LIMITS if _is_count(request.get(name), least=1)]
         return min(given) * _choices(request) if given else None
 
     def limited(self, request: JSON, most: int, name: str = "max_tokens") -> JSON:
         """The same request with at most so many. `name` is the server's word, where the request has none of its own."""
         each = max(LEAST_OUTPUT, most // _choices(request))
-        names = [name for name in _CHAT_LIMITS if _is_count(request.get(name))] or [name]
-        return request | {name: min(each, request[name]) if request.get(name) else each for name in names}
+        given = {name: request[name] for name in _CHAT_LIMITS if request.get(name) is not None} or {name: each}
+        return request | {
+            name: min(each, limit) if _is_count(limit, least=1) else each for name, limit in given.items()
+        }
 
     def usage(self, reply: JSON) -> Usage | None:
         """The tokens of a reply; None when it does not say."""
@@ -105,7 +108,7 @@ class ResponsesFormat:
     def output_limit(self, request: JSON) -> int | None:
         """How many tokens the request wants to be written at most, reasoning included; None without a limit."""
         found = request.get("max_output_tokens")
-        return found if _is_count(found) else None
+        return found if _is_count(found, least=1) else None
 
     def limited(self, request: JSON, most: int, _name: str = "") -> JSON:
         """The same request with at most so many."""
@@ -248,13 +251,15 @@ _CHAT_LIMITS = ("max_completion_tokens", "max_tokens")
 """Today's word and the one before: servers of this format know one of them, or both."""
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_count(value: Any, *, least: int = 0) -> bool:
+    """Whether this is a limit. What is none (-1 is "no limit" to some servers) must not pass for one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _choices(request: JSON) -> int:
-    wanted = request.get("n")
-    return max(1, wanted) if isinstance(wanted, int) else 1
+    """How many replies are written: `best_of` them, where a server knows that, of which `n` are shown."""
+    wanted = [request.get("n"), request.get("best_of")]
+    return max([1, *(math.ceil(each) for each in wanted if isinstance(each, int | float) and math.isfinite(each))])
 
 
 def _without_thinking(request: JSON) -> JSON:

@@ -23,7 +23,7 @@ from typing import Any
 
 import attrs
 
-from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, limits_of
+from orchestrator.budgets import METERED, Budgets, Limit, Limits, limits_of
 from orchestrator.gateway.formats import LEAST_OUTPUT, Format
 from orchestrator.gateway.llm_log import Interner, redact
 from orchestrator.gateway.upstream import Upstream
@@ -212,8 +212,8 @@ class RolloutMeter:
         limits = tuple(limit for limit in (*self.limits.holding(grant.role), *own) if limit.kind in METERED)
         return Call(grant, form, request, self._number, turn, limits)
 
-    async def admit(self, call: Call) -> Gone | None:
-        """Wait until a call may be made, and set aside what it may write; the budget that is spent if it may not."""
+    async def admit(self, call: Call) -> str | None:
+        """Wait until a call may be made, and set aside what it may write; why it is refused, if it is."""
         if not call.limits:
             return None
         call.refused = "its client was gone before it could begin"
@@ -221,8 +221,9 @@ class RolloutMeter:
         expected = next(each for each in (asked, call.grant.upstream.max_output, LONGEST) if each is not None)
         while True:
             if gone := next(self.limits.gone(call.limits, self.shares()), None):
-                call.refused = str(gone)
-                return gone
+                call.refused = f"{gone}: no further model call is made. Stop here."
+            if gone or call.hung_up:
+                return call.refused
             most = min(expected, self._left(call))
             if most <= self._left(call, self._admitted):
                 break
@@ -247,6 +248,10 @@ class RolloutMeter:
         """`settle` waits for this task."""
         self._inflight.add(task)
         task.add_done_callback(self._inflight.discard)
+
+    def forget(self, task: asyncio.Task[Any]) -> None:
+        """`settle` waits for this task no longer."""
+        self._inflight.discard(task)
 
     def ended(self, call: Call) -> None:
         """Count a call and write its line. A sink that fails is remembered in `error`: the agent's call is answered."""

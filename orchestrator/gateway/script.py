@@ -76,11 +76,15 @@ class Conversation:
 
 @attrs.frozen
 class Say:
-    """Words, and the end of the turn. `delay` seconds pass before the answer, `pause` between streamed pieces."""
+    """Words, and the end of the turn. `delay` seconds pass before the answer, `pause` between streamed pieces.
+
+    `cut`: the request's output limit was reached before all was said.
+    """
 
     text: str
     delay: float = 0.0
     pause: float = 0.0
+    cut: bool = attrs.field(default=False, repr=False)
 
 
 @attrs.frozen

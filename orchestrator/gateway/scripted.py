@@ -142,6 +142,7 @@ class ScriptedUpstream:
         wrong_key = self._api_key not in {None, key}
         reply = Fail(401, "wrong API key") if wrong_key else self.script(dialect.read(body))
         counts = _counts(number, len(raw), reply, caches_writes=dialect.caches_writes)
+        reply, counts = _within(FORMATS[api].output_limit(body), reply, counts)
         status = reply.status if isinstance(reply, Fail) else 200
         usage = Usage(1, 1) if isinstance(reply, Fail | Cut) else self._usage(counts)
         call = ScriptedCall(number, api, bool(body.get("stream")), status, usage, body, reply, key)
@@ -194,6 +195,14 @@ class ScriptedUpstream:
     async def _list_models(self, _request: web.Request) -> web.Response:
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "scripted"} for name in self.models]
         return web.json_response({"object": "list", "data": models})
+
+
+def _within(limit: int | None, reply: Reply, counts: Counts) -> tuple[Reply, Counts]:
+    """A reply as far as the request's output limit lets it come: a tool call that does not fit is none."""
+    if limit is None or counts.output <= limit or not isinstance(reply, Say | Call | Refuse):
+        return reply, counts
+    pause = reply.pause if isinstance(reply, Say) else 0.0
+    return Say(reply.text[: 4 * limit], reply.delay, pause, cut=True), attrs.evolve(counts, output=limit)
 
 
 def _counts(number: int, size: int, reply: Reply, *, caches_writes: bool) -> Counts:

@@ -33,7 +33,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from orchestrator.budgets import Gone, Limits
+from orchestrator.budgets import Limits
 from orchestrator.gateway.formats import CHAT, FORMATS, MESSAGES, Format, error_message, json_object
 from orchestrator.gateway.litellm_child import SETTINGS
 from orchestrator.gateway.litellm_process import LeaseBook, LitellmProcess
@@ -59,6 +59,8 @@ _TO_CLIENT = ("Content-Type", "Retry-After", "retry-after-ms", "x-should-retry",
 
 NO_LIMITS = Limits()
 PAYMENT_REQUIRED = 402
+PAID_SEC = 600.0
+"""How long a call under a budget may still be read whose client has hung up."""
 
 _WHOSE_KEY = "unknown or revoked key: this gateway takes the key of a running rollout"
 _SOCKET_PATH_MAX = 107
@@ -198,7 +200,7 @@ class Gateway:
         return await self._shielded(call, asyncio.create_task(self._drive(call, raw, request)))
 
     async def _shielded(self, call: Call, task: asyncio.Task[web.StreamResponse]) -> web.StreamResponse:
-        """Wait for a call; when its client hangs up, leave it `drain_sec` to finish without one."""
+        """Wait for a call; when its client hangs up, leave it `drain_sec` to finish without one (a budget: longer)."""
         if call.parent:
             call.parent.tasks.add(task)
         else:
@@ -209,14 +211,17 @@ class Gateway:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             call.hung_up = True
-            asyncio.get_running_loop().call_later(self._drain_sec, task.cancel)
+            later = asyncio.get_running_loop().call_later
+            if call.limits:  # who hangs up must not spend for nothing: it is counted, but nobody waits for that
+                later(self._drain_sec, call.grant.meter.forget, task)
+            later(PAID_SEC if call.limits else self._drain_sec, task.cancel)
             raise
 
     async def _drive(self, call: Call, raw: bytes, request: web.Request) -> web.StreamResponse:
         """Make one call, whatever happens to its client, and count it."""
         try:
-            if not call.parent and (gone := await call.grant.meter.admit(call)):
-                return _spent(call, gone)
+            if not call.parent and (why := await call.grant.meter.admit(call)):
+                return _refusal(call, why)
             answer = await self._pass(call, raw, request)
             await self._end_legs(call, self._drain_sec)
             return answer
@@ -264,7 +269,8 @@ class Gateway:
         if call.format is CHAT and call.streamed and not asks_usage(body):
             hide_usage = True
             body = {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
-        payload = raw if body is call.request else msgspec.json.encode(body)
+        # Under a budget the provider reads what was read here: of a key that comes twice, it might take the other one.
+        payload = raw if body is call.request and not call.limits else msgspec.json.encode(body)
         async with self._target(call, request) as target, target(data=payload) as answer:
             call.status = answer.status
             headers = _some(answer.headers, _TO_CLIENT)
@@ -386,9 +392,9 @@ def _lowered(call: Call) -> int | None:
     return call.parent.lowered if asked is None or asked > call.parent.lowered else None
 
 
-def _spent(call: Call, gone: Gone) -> web.Response:
+def _refusal(call: Call, why: str) -> web.Response:
     """A budget is spent: said as a provider says that the account is empty, which nobody tries again."""
-    call.status, call.error = call.format.refusal, f"{gone}: no further model call is made. Stop here."
+    call.status, call.error = call.format.refusal, why
     body = call.format.error(PAYMENT_REQUIRED, call.error)
     return web.json_response(body, status=call.status, headers={"x-should-retry": "false"})
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 
+from orchestrator.budgets import Budgets, Limits
 from orchestrator.gateway import upstream as upstream_module
 from orchestrator.gateway.formats import FORMATS
 from orchestrator.gateway.prices import Prices
@@ -152,6 +153,30 @@ def test_a_429_stays_a_429_with_its_words_and_its_retry_after(stage, client, spe
             assert (said["error"]["type"], said["error"]["message"]) == ("rate_limit_error", "slow down")
             assert await cell.meter.settle() == cell.provider.usage == Usage(calls=1, failed_calls=1)
             assert cell.meter.provider_failure() == "HTTP 429 from scripted: slow down"
+
+    stage.run(scenario())
+
+
+@every_cell
+def test_a_budget_holds_for_translated_calls_too(stage, client, speaks, stream):
+    """The provider is asked for no more than what is left, in its own word; then nobody is asked."""
+
+    async def scenario():
+        async with Cell(stage, speaks, Always(Say(" ".join(map(str, range(9_000)))))) as cell:
+            upstream = Upstream("scripted", cell.provider.url, [speaks], KEY, prices=PRICES)
+            limits = Limits(Budgets(tokens=900))
+            cell.meter = stage.gateway.open("r2", upstream=upstream, sink=cell.lines.append, limits=limits)
+            key = cell.meter.key_for("agent")
+            assert (await stage.post(client, request(client, stream=stream), key))[0] == 200
+            used = await cell.meter.settle()
+            assert [FORMATS[speaks].output_limit(call.request) for call in cell.provider.calls] == [900]
+            assert used == cell.provider.usage
+            assert used.tokens - 900 == used.input_tokens
+            status, raw, _ = await stage.post(client, request(client, stream=stream), key)
+            assert status == FORMATS[client].refusal
+            assert "budget of 900 tokens is spent" in json.loads(raw)["error"]["message"]
+            assert await cell.meter.settle() == used
+            assert [line["via"] for line in cell.lines][1:] == ["refused"]
 
     stage.run(scenario())
 

@@ -1,0 +1,135 @@
+"""Agents whose budget is spent: they are cancelled, refused, and what they did until then is graded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import anyio
+import pytest
+
+from orchestrator import Budgets, Role, Rollout, RolloutConfig, Scene, Turn, Usage
+from orchestrator.gateway.formats import LEAST_OUTPUT
+from orchestrator.gateway.prices import Prices
+from orchestrator.gateway.scripted import DIALECTS, Say, ScriptedUpstream, Shell, Steps
+from orchestrator.gateway.upstream import Upstream
+from orchestrator.show import story_of, tell
+from orchestrator.tasks import demo_task
+from orchestrator.world import LiveWorld
+
+pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
+
+PRICES = Prices(3e-6, 15e-6, 3e-7, 3.75e-6)
+SOLVE = "s=0; while read -r n; do s=$((s + n)); done < /app/numbers.txt; echo $s > /app/answer.txt"
+ALL = {
+    "minimal-acp": None,  # these two come with the package, so they run everywhere
+    "minimal": None,
+    "codex-acp": None,
+    "claude-agent-acp": None,
+    "opencode": None,
+    "pydantic-ai": "pydantic_ai",
+    "mini-swe-agent": "minisweagent",
+}
+AGENTS = [name if name.startswith("minimal") else pytest.param(name, marks=pytest.mark.agents) for name in ALL]
+
+
+def for_ever(conversation):
+    """A model that solves the task first and then never finds an end."""
+    return (Shell(SOLVE) if not conversation.results else Shell(f"echo {len(conversation.results)}"))(conversation)
+
+
+def calls_of(folder: Path):
+    """The lines of `llm.jsonl`."""
+    return [json.loads(line) for line in (folder / "llm.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def play(play):
+    """The rollout of `conftest.py`, once the agent's extra is there."""
+
+    async def checked(agent, script, **settings):
+        extra = ALL[agent]
+        if extra and importlib.util.find_spec(extra) is None:
+            say = pytest.fail if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(",") else pytest.skip
+            say(f"the extra {agent} is not installed")
+        return await play(agent, script, **settings)
+
+    return checked
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_an_agent_whose_tokens_are_spent_is_stopped_and_its_work_is_graded(play, agent):
+    """It would go on for ever; it ends by its budget, verified, and exceeds it by one call's input at most."""
+    played = await play(agent, for_ever, budgets=Budgets(tokens=30_000), usage_tracking="required")
+    result = played.result
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), (result.verdict, result.errors, result.notes)
+    assert result.ended_by == "budget:tokens"
+    assert played.total == played.provider
+    [budget] = result.budgets
+    inputs = [line["usage"]["input_tokens"] for line in calls_of(played.folder) if line["usage"]]
+    assert budget.spent == result.usage.total.tokens >= 30_000
+    assert budget.overshoot == budget.spent - 30_000 <= max(inputs) + LEAST_OUTPUT - 1
+    assert [share.usage for share in result.usage.by_turn if share.turn] == [result.usage.total]
+    assert "too much" in tell(story_of(played.folder))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_an_agent_understands_that_its_call_is_refused_and_does_not_try_again(play, agent, monkeypatch):
+    """Nobody cancels its turn here: one refusal ends it, by the agent's own words, and is no failure of a provider's."""
+    monkeypatch.setattr(LiveWorld, "budget", lambda *_: ())
+    played = await play(agent, for_ever, budgets=Budgets(tokens=1), usage_tracking="required")
+    result, lines = played.result, calls_of(played.folder)
+    assert (result.ended_by, result.verdict.owner) == ("error", "agent"), (result.verdict, result.errors)
+    assert [line["via"] for line in lines] == ["passthrough"] * len(played.calls) + ["refused"]
+    assert played.total == played.provider
+    assert result.usage.total.failed_calls == 0
+    assert any("budget of 1 tokens is spent" in error["message"] for error in result.errors) or agent == "minimal-acp"
+
+
+SCENES = {
+    "ours": ("minimal-acp", "minimal"),
+    "real": ("codex-acp", "pydantic-ai"),
+}
+
+
+@pytest.mark.parametrize("cast", ["ours", pytest.param("real", marks=pytest.mark.agents)])
+async def test_a_role_spends_its_own_budget_and_the_others_theirs(tmp_path, require_agent, cast):
+    """The first is stopped; a director lets the second go on. Who spent what adds up to the provider's count."""
+    agents = SCENES[cast]
+    for agent in agents:
+        await require_agent(agent)
+    scene = Scene(
+        (Role("coder", agents[0], budgets=Budgets(tokens=20_000)), Role("reviewer", agents[1])),
+        budgets=Budgets(cost=50.0),
+    )
+    told = []
+
+    def lead(story):
+        told.append(story.spent("coder"))
+        return [Turn("coder"), Turn("reviewer", "REVIEW it."), None][len(story.turns)]
+
+    def script(conversation):
+        if "REVIEW" in conversation.user:
+            return Steps(Shell("cat /app/answer.txt"), Say("It is right."))(conversation)
+        return for_ever(conversation)
+
+    async with ScriptedUpstream(script, apis=tuple(DIALECTS), prices=PRICES) as provider:
+        upstream = Upstream("scripted", provider.url, tuple(DIALECTS), prices=PRICES)
+        config = RolloutConfig(
+            task=demo_task(), scene=scene, director=lead, upstream=upstream, out=tmp_path, turn_sec=120
+        )
+        with anyio.fail_after(300):
+            result = await Rollout(config).run()
+        counted = provider.usage
+    assert (result.state, result.reward, result.turns) == ("closed/rewarded", 1.0, 2), (result.verdict, result.errors)
+    assert told[0] == ""
+    assert told[1].startswith("coder's budget of 20,000 tokens is spent")
+    assert result.usage.total == counted == sum(result.usage.by_role.values(), Usage())
+    assert sum((share.usage for share in result.usage.by_turn), Usage()) == counted
+    spent = {(use.scope, use.kind): use for use in result.budgets}
+    assert spent["role", "tokens"].spent == result.usage.by_role["coder"].tokens >= 20_000
+    assert spent["scene", "cost"].spent == pytest.approx(counted.cost)
+    assert spent["scene", "cost"].overshoot == 0
+    assert result.usage.by_role["reviewer"].calls >= 2
