@@ -533,3 +533,40 @@ def test_a_deadline_table_is_no_way_around_a_turns_own_clock():
     stand = scoped("acp", WAITS, "turn", Budgets(wall_sec=0.3), deadlines={"executing": 100.0})
     anyio.run(drive, stand)
     assert [e.seconds for e in events(stand) if isinstance(e, ev.DeadlinePassed)] == [0.3]
+
+
+# --- a director that is an agent --------------------------------------------------------------------------------
+
+
+class Director:
+    """A director whose model was called twice when it was asked: once answered, once refused."""
+
+    def __init__(self, meter, spend):
+        self.meter, self.spend, self.asked = meter, spend, 0
+
+    def __call__(self, story):
+        self.asked += 1
+        self.meter.turn_began("user", 0, Budgets())
+        self.meter.counted += Usage(calls=1, input_tokens=self.spend)
+        return Turn("agent", "Go on.")
+
+
+@pytest.mark.anyio
+async def test_what_a_director_spends_is_its_own_and_the_rollouts(transport):
+    """It is counted for no role that takes turns, and once the rollout's budget is gone it is not asked again."""
+    meter = FakeMeter()
+    director = Director(meter, 60)
+    stand = build(transport, SAYS, director=director, max_turns=9)
+    stand.rollout._world.models._meters.append(meter)
+    object.__setattr__(stand.rollout._world, "limits", Limits(Budgets(tokens=100), roles={"agent": Budgets()}))
+    await drive(stand)
+    result = stand.rollout.result()
+    assert (director.asked, result.turns) == (2, 1)
+    assert {role: usage.tokens for role, usage in result.usage.by_role.items()} == {"agent": 0, "user": 120}
+    assert [(share.role, share.turn, share.usage.tokens) for share in result.usage.by_turn] == [
+        ("agent", 1, 0),
+        ("user", 0, 120),
+    ]
+    assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {
+        "the rollout's budget of 100 tokens is spent (120)"
+    }

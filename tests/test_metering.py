@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import anyio.from_thread
+import attrs
 import pytest
 
 from orchestrator import AgentConfig, Budgets, ConfigError, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.sandboxes.fake import FakeSandbox
@@ -59,6 +61,21 @@ def test_a_way_to_the_gateway_that_cannot_be_is_refused(settings, says):
     """In one sentence, before anything is started."""
     with pytest.raises(ConfigError, match=says):
         rollout(**{"sandbox": FakeSandbox(), **settings})
+
+
+def test_a_budget_of_cost_needs_a_price():
+    """Else it would never be spent."""
+    with pytest.raises(ConfigError, match="a budget of cost needs the price of m, which is not known"):
+        rollout(sandbox=FakeSandbox(), budgets=Budgets(cost=0.1))
+    scene = Scene((Role("coder", AGENT),), (Turn("coder", budgets=Budgets(cost=0.1)),))
+    upstream = Upstream("m", "http://127.0.0.1:9", ["openai-chat"])
+    base = {"prompt": "x", "scene": scene, "out": None, "sandbox": FakeSandbox()}
+    with pytest.raises(ConfigError, match="needs the price of m"):
+        Rollout(RolloutConfig(**base, upstream=upstream))
+    priced = attrs.evolve(upstream, prices=Prices(1e-6, 1e-6))
+    assert Rollout(RolloutConfig(**base, upstream=priced)).result().usage.tracking == "metered"
+    with pytest.raises(ConfigError, match="kept by the gateway, but usage_tracking is off"):
+        Rollout(RolloutConfig(**base, upstream=priced, usage_tracking="off"))
 
 
 @pytest.mark.parametrize("budgets", [Budgets(tokens=1), Budgets(cost=0.1)])

@@ -113,6 +113,19 @@ def test_the_model_calls_of_the_open_turn_are_counted_from_what_was_written(tmp_
     assert total == Usage(3, 1, 14, 10, 4, 0, 0.75)
 
 
+def test_the_calls_of_the_dead_are_of_whom_their_lines_say_and_refused_ones_of_nobody(tmp_path):
+    """By role and turn; what was refused was never called."""
+    folder = killed_in("executing", tmp_path)
+    used = {"input_tokens": 7, "output_tokens": 5, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0}
+    line = {"status": 200, "error": None, "usage": {**used, "cost": 0.25}, "via": "passthrough"}
+    refused = {"role": "agent", "turn": 1, "status": 400, "error": "spent", "usage": None, "via": "refused"}
+    calls = [{"role": "agent", "turn": 1, **line}, {"role": "user", "turn": 0, **line}, refused]
+    (folder / "llm.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
+    usage = anyio.run(reap, folder).usage
+    assert usage.total == Usage(2, 0, 14, 10, 0, 0, 0.5)
+    assert [(share.role, share.turn, share.usage.calls) for share in usage.by_turn] == [("agent", 1, 1), ("user", 0, 1)]
+
+
 def test_reaping_twice_changes_nothing(tmp_path):
     """The second one finds a closed rollout that holds nothing."""
     folder = killed_in("executing", tmp_path)

@@ -231,6 +231,14 @@ def test_the_caller_says_who_plays_a_role(tmp_path):
     assert roles_in_turn({"a": "x", "b": "y:m"}) == Scene((Role("a", "x"), Role("b", "y", "m")), (Turn("a"), Turn("b")))
 
 
+def test_a_director_of_a_file_has_a_budget_of_its_own(tmp_path):
+    """Of what it can spend: it takes no turns."""
+    user = '[director]\nrole = "user"\n[[roles]]\nname = "user"\nbudgets = { tokens = 500 }\n'
+    config = load_rollout(written(tmp_path, GOOD + user))
+    assert config["director"].role.budgets == Budgets(tokens=500)
+    assert RolloutConfig(prompt="x", **config).limits().directors == {"user": Budgets(tokens=500)}
+
+
 # --- task.md ----------------------------------------------------------------------------------------------------
 
 TASK = """\
@@ -309,6 +317,18 @@ def test_prompts_are_appended_where_the_task_asks_for_it(tmp_path):
     assert scene_of(task_md(tmp_path, text)).turns[2].prompt == "Now the tests.\n\nMend it."
 
 
+def test_a_task_may_have_budgets_too(tmp_path):
+    """Its roles and its turns; a scene where it is the only one, since several are played as one."""
+    text = TASK.replace("timeout_sec: 7\n", "timeout_sec: 7\n      budgets: {tokens: 10, idle_sec: 2.5}\n")
+    text = text.replace("prompt: Now the tests.", "prompt: Now the tests.\n        budgets: {cost: 0.5}")
+    scene = scene_of(task_md(tmp_path, text))
+    assert scene.roles[0].budgets == Budgets(tokens=10, idle_sec=2.5)
+    assert [turn.budgets for turn in scene.turns][2] == Budgets(cost=0.5)
+    assert scene.budgets == Budgets()
+    one = "---\nagents: {roles: {a: {agent: x}}}\nscenes: [{name: s, turns: [a], budgets: {turns: 3}}]\n---\nDo it.\n"
+    assert scene_of(task_md(tmp_path, one)).budgets == Budgets(turns=3)
+
+
 def test_what_a_scene_asks_for_and_will_not_get_is_a_note(tmp_path):
     """Skills and effort of a role, and the skills of a scene."""
     text = TASK.replace("timeout_sec: 7", "skills_dir: s\n      reasoning_effort: high").replace(
@@ -347,6 +367,9 @@ def test_a_task_without_scenes_has_none(tmp_path):
         ),
         ("timeout_sec: 7", "timeout_sec: x", ":8: agents.roles.planner.timeout_sec: expected float, found 'x'"),
         ("turns: [planner]", "turn: [planner]", ":14: scenes[0].turn is no key of this format; did you mean turns?"),
+        ("timeout_sec: 7", "budgets: {tokens: -1}", ":8: agents.roles.planner.budgets.tokens: tokens must be a whole"),
+        ("prompt: Now the tests.", "budgets: {turns: 1}", ":19: scenes[1].turns[1].budgets.turns: a turn has no"),
+        ("name: plan\n", "name: plan\n    budgets: {turns: 3}\n", ":14: scenes[0].budgets: a task's scenes are played"),
     ],
 )
 def test_what_is_wrong_with_a_tasks_scenes_is_one_error_with_its_line(tmp_path, old, new, said):
@@ -685,6 +708,31 @@ def test_roles_of_the_command_line_take_one_turn_each(rollout, tmp_path):
     assert [s.about["role"] for s in read_trajectory(Path(json.loads(out)["folder"]))] == ["coder", "reviewer"]
 
 
+def test_budgets_of_the_command_line_hold_beside_those_of_the_file(rollout, tmp_path):
+    """Options are the rollout's; `--budget` is a role's, over what the file gives it; the result says which held."""
+    one = script(tmp_path, "one", [{"say": "1"}])
+    text = 'prompt = "Go."\n[budgets]\nturns = 9\nwall_sec = 90\n' + GOOD.partition("\n\n")[2]
+    text = text.replace('agent = "minimal"', 'agent = "minimal"\nbudgets = { turns = 3, tool_calls = 4 }')
+    written(tmp_path, text)
+    run = ("run", "--scene", "rollout.toml", "--agent", one, "--sandbox", "fake", "--json", "--quiet", "--no-verify")
+    more = ("--timeout", "60", "--max-turns", "1", "--budget", "reviewer.turns=2", "--budget", "coder.wall_sec=1.5")
+    code, out, err = rollout(*run, *more)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["turns"] == 1
+    held = {(use["scope"], use["of"], use["kind"]): use["limit"] for use in document["budgets"]}
+    assert held == {
+        ("rollout", "", "turns"): 1,
+        ("rollout", "", "wall_sec"): 60,
+        ("role", "coder", "wall_sec"): 1.5,
+        ("role", "reviewer", "tool_calls"): 4,
+        ("role", "reviewer", "turns"): 2,
+    }
+    told = tell(story_of(Path(document["folder"])))
+    assert "budget    the rollout's budget of 1 turns: 1 spent\n" in told
+    assert "budget    reviewer's budget of 4 tool calls: 0 spent\n" in told
+
+
 def test_the_command_line_goes_before_the_file(rollout, tmp_path):
     """An option that is given wins over the file; one that is not leaves what the file says."""
     one = script(tmp_path, "one", [{"say": "1"}])
@@ -761,6 +809,11 @@ def test_a_task_with_a_persona_runs_as_it_is_written(rollout, tmp_path, bwrap):
         (("--role", "a=noop", "--agent", "noop"), "not both"),
         (("--scene", "none.toml"), "none.toml: expected a rollout.toml"),
         (("--scene", "rollout.toml", "--role", "x=noop"), "no role is called 'x'; there is coder, reviewer"),
+        (("--agent", "noop", "--budget", "coder.tokens=5"), "--budget coder.tokens=5: it is a role's; without roles"),
+        (("--role", "a=noop", "--budget", "b.turns=5"), "--budget b.turns=5: give ROLE.KIND=N for one of a"),
+        (("--role", "a=noop", "--budget", "a.turns=few"), "--budget a.turns=few: give a number, as in coder.tokens"),
+        (("--role", "a=noop", "--budget", "a.turnz=5"), "no budget is called 'turnz'; did you mean turns?"),
+        (("--role", "a=noop", "--max-turns", "0"), "turns must be a whole number > 0"),
     ],
 )
 def test_what_cannot_work_is_exit_code_2(rollout, tmp_path, arguments, said):

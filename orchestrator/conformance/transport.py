@@ -598,6 +598,14 @@ async def a_budget_cancels_a_turn(transport: TransportUnderTest) -> str:
     return act.story
 
 
+async def a_spent_budget_lets_no_prompt_be_sent(transport: TransportUnderTest) -> str:
+    """The second turn of two is one too many: its prompt never comes, and the session is closed."""
+    act = await Act(transport, _turns(SAY, SAY), turns=_prompts(2), budgets=Budgets(turns=1)).play()
+    same("what the agent was asked", act.told, ["agent:connect", "agent:prompt", "agent:close"])
+    same("complete", act.complete, [True])
+    return act.story
+
+
 async def a_deaf_agent_is_replaced(transport: TransportUnderTest) -> str:
     """A turn that ignores its cancel is partial, its session is closed, and the next role takes its turn."""
     scripts = {"coder": _turns(STUBBORN), "reviewer": _turns([{"say": "mine"}])}
@@ -918,6 +926,7 @@ TRANSPORT_CLAUSES: Final = (
             a_deadline_cancels_a_turn,
             a_silent_agent_is_idle,
             a_budget_cancels_a_turn,
+            a_spent_budget_lets_no_prompt_be_sent,
             a_deaf_agent_is_replaced,
             a_session_that_swallows_cancellation_is_left_behind,
             a_policy_allows,

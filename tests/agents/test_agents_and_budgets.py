@@ -8,17 +8,21 @@ import os
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 
 from orchestrator import Budgets, Role, Rollout, RolloutConfig, Scene, Turn, Usage
+from orchestrator.directors import model_user
 from orchestrator.gateway.formats import LEAST_OUTPUT
 from orchestrator.gateway.llm_log import expand
 from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.scripted import DIALECTS, Say, ScriptedUpstream, Shell, Steps
 from orchestrator.gateway.upstream import Upstream
+from orchestrator.journal import read_journal
 from orchestrator.show import story_of, tell
 from orchestrator.tasks import demo_task
 from orchestrator.world import LiveWorld
+from states.journal import Transition
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 
@@ -143,3 +147,37 @@ async def test_a_role_spends_its_own_budget_and_the_others_theirs(tmp_path, requ
     assert spent["scene", "cost"].spent == pytest.approx(counted.cost)
     assert spent["scene", "cost"].overshoot == 0
     assert result.usage.by_role["reviewer"].calls >= 2
+
+
+@pytest.mark.parametrize("answer", ["Go on, please.", "TO nobody: go on"], ids=["between_asking", "while_asked"])
+async def test_a_director_whose_budget_is_spent_ends_the_scene_and_the_work_is_graded(tmp_path, answer):
+    """It is not asked again; what it was refused in the middle of an answer is a note, and nobody's failure."""
+
+    def script(conversation):
+        if not conversation.tools:
+            return Say(answer)
+        return Steps(Shell(SOLVE), Say("Done."))(conversation)
+
+    led = model_user("scripted", persona="You are in a hurry.", name="user")
+    led = attrs.evolve(led, role=attrs.evolve(led.role, budgets=Budgets(tokens=100)))
+    scene = Scene((Role("coder", "minimal-acp"), Role("helper", "minimal")), (Turn("coder"),))
+    scene = scene if answer.startswith("TO") else attrs.evolve(scene, roles=scene.roles[:1])
+    async with ScriptedUpstream(script, apis=["openai-chat"], prices=PRICES) as provider:
+        upstream = Upstream("scripted", provider.url, ["openai-chat"], prices=PRICES)
+        config = RolloutConfig(task=demo_task(), scene=scene, director=led, upstream=upstream, out=tmp_path)
+        with anyio.fail_after(100):
+            result = await Rollout(config).run()
+        counted = provider.usage
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), (result.verdict, result.errors, result.notes)
+    assert result.turns == (1 if answer.startswith("TO") else 2)
+    done = [
+        record.event.why
+        for record in read_journal(result.folder)
+        if isinstance(record, Transition) and record.event.name == "PlanDone"
+    ]
+    assert done[0].startswith("user's budget of 100 tokens is spent")
+    assert result.usage.total == counted
+    assert result.usage.by_role["user"].calls == 1
+    assert [share.turn for share in result.usage.by_turn if share.role == "user"] == [0]
+    refused = [line["role"] for line in calls_of(result.folder) if line["via"] == "refused"]
+    assert refused == (["user"] if answer.startswith("TO") else [])
