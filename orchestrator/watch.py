@@ -100,7 +100,7 @@ class Follower:
             self._directed(line)
         for line in self._tails["llm"].lines():
             usage, role = line.get("usage") or {}, str(line.get("role") or "")
-            self.calls += 1
+            self.calls += line.get("via") != "refused"
             used = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
             self.tokens[role] = self.tokens.get(role, 0) + used
         return moved

@@ -420,7 +420,8 @@ def test_a_follower_reads_what_was_appended_and_no_half_line(tmp_path):
     assert follower.look() == []
     with (tmp_path / "trajectory.jsonl").open("w") as file:
         file.write('{"segment":1,"step":0,"data":{"type":"tool_call","title":"ls"}}\n{"segment":1,"st')
-    (tmp_path / "llm.jsonl").write_text('{"usage":{"input_tokens":5,"output_tokens":2}}\n')
+    refused = '{"via":"refused","usage":null}\n'
+    (tmp_path / "llm.jsonl").write_text('{"usage":{"input_tokens":5,"output_tokens":2}}\n' + refused)
     follower.look()
     assert (follower.steps, follower.tool_calls, follower.last_step) == (1, 1, "ls")
     assert follower.line(follower.where[1] + 3.0) == (
