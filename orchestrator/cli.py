@@ -600,7 +600,7 @@ def _follow(folder: Path) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["mermaid", "dot", "svg", "html", "table", "faults"]),
+    type=click.Choice(["mermaid", "dot", "svg", "html", "text", "table", "faults"]),
     help="By default what the name of the output file says, or else mermaid.",
 )
 @click.option("--run", "folder", type=click.Path(path_type=Path), help="Paint this rollout's path on it.")
@@ -624,7 +624,14 @@ def diagram(form: str | None, folder: Path | None, output: Path | None, *, as_js
     return 0
 
 
-SUFFIXES: Mapping[str, str] = {".svg": "svg", ".html": "html", ".dot": "dot", ".md": "table", ".mmd": "mermaid"}
+SUFFIXES: Mapping[str, str] = {
+    ".svg": "svg",
+    ".html": "html",
+    ".dot": "dot",
+    ".md": "table",
+    ".mmd": "mermaid",
+    ".txt": "text",
+}
 """What the name of a diagram's file says of its format."""
 
 

@@ -1,6 +1,6 @@
 """Diagrams of the machine and of a run, drawn from the table itself, so that they cannot drift from it.
 
-    table (and, for a run, its journal)  ->  `Diagram`, a neutral model  ->  mermaid, dot, svg, html, table, faults
+    table (and, for a run, its journal)  ->  `Diagram`, a neutral model  ->  mermaid, dot, svg, html, text, ...
 
 The text forms are the same bytes each time. The SVG has a layout made by hand, needs no graphviz, and a test fails when
 the table has an edge for which it has no line. `python -m orchestrator.diagram --write diagrams` renders the folder
@@ -9,12 +9,11 @@ the table has an edge for which it has no line. `python -m orchestrator.diagram 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -22,9 +21,14 @@ from orchestrator.visits import Paint, duration
 from states import events as ev
 from states import machine
 from states.deadlines import BOUNDED_BY_ROLLOUT, DEADLINES, EXPIRY, Deadline, crashed
-from states.errors import ConfigError
+from states.errors import ConfigError, JournalError
+from states.journal import Record
 
-Format = Literal["mermaid", "dot", "svg", "html", "table", "faults"]
+if TYPE_CHECKING:
+    from orchestrator.result import RolloutResult
+    from orchestrator.rollout import Rollout
+
+Format = Literal["mermaid", "dot", "svg", "html", "text", "table", "faults"]
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "session": machine.SESSION,
@@ -243,6 +247,19 @@ def _dot_edge(arrow: Arrow) -> str:
     return f'  "{source}" -> "{target}" [{", ".join(attributes)}];'
 
 
+def to_text(diagram: Diagram) -> str:
+    """Plain lines: every arrow; of a run, its way with the seconds since it began."""
+    if diagram.paint is None:
+        arrows = (*diagram.arrows, *diagram.outside)
+        return "".join(f"{arrow.source} --{', '.join(arrow.events)}--> {arrow.target}\n" for arrow in arrows)
+    path = diagram.paint.path
+    lines = [diagram.title]
+    for visit in path:
+        spent = "" if visit.event is None else f"{duration(visit.seconds):>10}  {visit.event.name}"
+        lines.append(f"{visit.entered - path[0].entered:>9.3f} s  {visit.state:<18}{spent}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
 def to_table(diagram: Diagram) -> str:
     """Every row of the table as Markdown; for a run, its states and how long they took."""
     if diagram.paint is not None:
@@ -336,26 +353,51 @@ RENDERERS: dict[str, Callable[[Diagram], str]] = {
     "dot": to_dot,
     "svg": to_svg,
     "html": to_html,
+    "text": to_text,
     "table": to_table,
     "faults": to_faults,
 }
 
 
-def diagram_of(source: str | Path | None = None, format: Format = "mermaid") -> str:  # noqa: A002 - the word users know
-    """Draw the machine, or the run whose folder (or journal) is `source`.
+def diagram_of(
+    source: str | Path | Sequence[Record] | RolloutResult | Rollout | None = None,
+    format: Format = "mermaid",  # noqa: A002 - the word users know
+) -> str:
+    """Draw the machine, or a run on it: which states it visited, for how long, and which way it took.
 
-    Raises `ConfigError` for a format that there is not, `JournalError` for a journal that cannot be read.
+    Args:
+        source: None for the machine itself; else a run, as its folder or journal, its records, a `RolloutResult` whose
+            rollout kept a folder, or a `Rollout`, at any time.
+        format: `mermaid`, `dot`, `svg`, `html`, `text`, `table` (Markdown) or `faults` (of the machine alone).
+
+    Raises:
+        ConfigError: there is no such format, or the result's rollout kept nothing on disk.
+        JournalError: the journal cannot be read.
 
     >>> diagram_of(format="mermaid").splitlines()[3]
     'stateDiagram-v2'
+    >>> diagram_of(format="text").splitlines()[0]
+    'provisioning --Provisioned--> disconnected'
     """
     if format not in RENDERERS:
         raise ConfigError(f"no diagram format {format!r}; there are {', '.join(RENDERERS)}")
-    if source is None:
-        return RENDERERS[format](extract())
-    from orchestrator.journal import read_journal
+    return RENDERERS[format](extract() if source is None else extract(Paint.of(_records(source))))
 
-    return RENDERERS[format](extract(Paint.of(read_journal(Path(source)))))
+
+def _records(source: Any) -> Sequence[Record]:
+    from orchestrator.journal import read_journal
+    from orchestrator.result import RolloutResult
+
+    if isinstance(source, RolloutResult):
+        if source.folder is None:
+            raise ConfigError(f"rollout {source.rollout} kept no journal on disk (out=None): draw its Rollout instead")
+        source = source.folder
+    if isinstance(source, str | Path):
+        if not (read := read_journal(Path(source))):
+            raise JournalError(f"{source} holds no record of a rollout")
+        return read
+    records: Sequence[Record] = source if isinstance(source, list | tuple) else source.journal
+    return records
 
 
 # --- the folder diagrams/ ------------------------------------------------------------------------------------
@@ -388,6 +430,8 @@ def drift(folder: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m orchestrator.diagram --write FOLDER | --check FOLDER`."""
+    import argparse
+
     parser = argparse.ArgumentParser(prog="python -m orchestrator.diagram", description="Render the diagrams.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", metavar="FOLDER", type=Path, help="render every file")

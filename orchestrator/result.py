@@ -94,6 +94,16 @@ class RolloutResult:
         document["folder"] = str(self.folder) if self.folder else None
         return document
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the outcome, and the run on the machine."""
+        return self._repr_mimebundle_()["text/html"]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002
+        """The same by media type; IPython picks."""
+        from orchestrator.notebook import shown
+
+        return shown(self)
+
 
 def result_of(
     folded: Folded, records: Sequence[Record], *, task: str, tracking: str, why_untracked: str, folder: Path | None

@@ -169,6 +169,16 @@ class Rollout:
         result: RolloutResult = self._world.result(self._position)
         return result
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: where it stands, and the run so far on the machine."""
+        return self._repr_mimebundle_()["text/html"]
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:  # noqa: ARG002
+        """The same by media type; IPython picks."""
+        from orchestrator.notebook import shown
+
+        return shown(self.result(), self.journal)
+
     # --- driving ---
 
     async def run(self) -> RolloutResult:

@@ -515,3 +515,20 @@ def test_conformance_of_what_there_is_not_is_a_mistake(rollout, arguments):
     code, _, err = rollout("conformance", *arguments)
     assert code == 2
     assert arguments[-1] in err
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture"])
+def test_a_diagrams_file_whose_name_says_no_format_is_a_sentence(rollout, tmp_path, name):
+    """A file called .png that held text would fool whoever opens it."""
+    code, out, err = rollout("diagram", "-o", name)
+    assert (code, out) == (2, "")
+    assert "no diagram is written as" in err
+    assert ".svg (svg)" in err
+    assert not (tmp_path / name).exists()
+    assert rollout("diagram", "-o", name, "--format", "dot")[0] == 0, "but a format that is given stands"
+
+
+@pytest.mark.parametrize(("suffix", "form"), cli.SUFFIXES.items())
+def test_a_diagrams_format_is_what_the_name_of_its_file_says(rollout, tmp_path, suffix, form):
+    assert rollout("diagram", "-o", f"d{suffix}")[0] == 0
+    assert (tmp_path / f"d{suffix}").read_text() == rollout("diagram", "--format", form)[1]

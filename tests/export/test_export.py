@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from export_cases import KEY
@@ -132,6 +134,12 @@ def test_the_command_knows_the_formats_of_the_library():
     assert tuple(FORMATS) == cli.EXPORTS
     help_text = cli.cli.commands["export"].help
     assert all(name in help_text for name in FORMATS)
+
+
+def test_the_readme_lists_the_formats_that_there_are():
+    """In its table, in the order of the command's help."""
+    table = (Path(__file__).parents[2] / "README.md").read_text().partition("| `--to` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == list(FORMATS)
 
 
 @every_format
