@@ -127,7 +127,7 @@ def cli() -> None:
 @click.option("--scene", type=click.Path(path_type=Path), metavar="FILE", help="Roles and turns: a rollout.toml.")
 @click.option("--role", "roles", multiple=True, metavar="NAME=AGENT[:MODEL]", help="Who plays a role; repeatable.")
 @click.option("--prompt", help="Ask this, instead of the task's instruction.")
-@click.option("--sandbox", default="local", show_default=True, metavar="NAME", help="local, fake, or module:Class.")
+@click.option("--sandbox", default="local", show_default=True, metavar="NAME", help="local, docker, or module:Class.")
 @click.option("--sandbox-option", "sandbox_options", multiple=True, metavar="K=V", help="A word of that sandbox's own.")
 @click.option("--image", metavar="IMAGE", help="A prebuilt image, over the task's own.")
 @click.option("--image-map", multiple=True, metavar="FROM=TO", help="TO stands for FROM, which cannot be had here.")
@@ -975,6 +975,29 @@ def reap(folder: Path, *, sandbox: str | None, sandbox_options: tuple[str, ...],
         if not rows:
             click.echo("nothing to reap")
     return 1 if any(row["error"] for row in rows) else 0
+
+
+@cli.command("exec", short_help="Run a command in a sandbox that was kept.")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("command", nargs=-1, required=True, metavar="-- COMMAND...")
+@click.option("--role", metavar="NAME", help="As this role's agent, with its HOME and /tmp; else as the verifier.")
+@json_option
+def exec_(folder: Path, command: tuple[str, ...], *, role: str | None, as_json: bool) -> int:
+    """Look into the sandbox that the rollout in FOLDER kept (--keep-sandbox): it is kept as it was.
+
+    Exits with the command's own code.
+    """
+    import anyio
+
+    from orchestrator.kept import exec_in
+
+    result = anyio.run(lambda: exec_in(folder, command, role=role))
+    if as_json:
+        _print_json({"stdout": result.stdout, "stderr": result.stderr, "exit_code": result.return_code})
+    else:
+        click.echo(result.stdout, nl=False)
+        click.echo(result.stderr, nl=False, err=True)
+    return result.return_code if result.return_code >= 0 else 128 - result.return_code
 
 
 def _swept(kind: str, options: Mapping[str, str], *, as_json: bool) -> int:

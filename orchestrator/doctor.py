@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import attrs
 
+from states.errors import OrchestratorError
+
 Status = Literal["ok", "missing", "broken"]
 """`missing`: something optional is not there. `broken`: rollouts in the local sandbox cannot work."""
 
@@ -93,6 +95,17 @@ class Machine:
             )
             for found in probe()
         ]
+
+    def docker(self) -> tuple[bool, str]:
+        """Whether a Docker engine answers here, and what it or its absence says."""
+        import anyio
+
+        from orchestrator.sandboxes.docker import probe
+
+        try:
+            return True, anyio.run(probe)
+        except OrchestratorError as error:
+            return False, str(error)
 
     def cache(self) -> Path:
         """Where agents are installed."""
@@ -172,8 +185,8 @@ def check_npm(machine: Machine) -> Finding:
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "litellm": ("litellm", "models whose wire format is not their agent's, and every other provider"),
-    "daytona-sdk": ("daytona", "the Daytona sandbox, which is not there yet"),
-    "docker": ("aiodocker", "the Docker sandbox, which is not there yet"),
+    "daytona-sdk": ("daytona", "the Daytona sandbox"),
+    "docker": ("aiodocker", "the Docker sandbox"),
     "pydantic-ai": ("pydantic_ai", "the agent pydantic-ai"),
     "mini-swe-agent": ("minisweagent", "the agent mini-swe-agent"),
 }
@@ -188,6 +201,17 @@ def check_extra(machine: Machine, name: str) -> Finding:
     return Finding(
         f"extra {name}", "missing", f"not installed: {purpose}", f"pip install 'rollout-orchestrator[{name}]'"
     )
+
+
+def check_docker(machine: Machine) -> Finding:
+    """The Docker sandbox wants an engine on this machine."""
+    if not machine.has_module(EXTRAS["docker"][0]):
+        fix = "pip install 'rollout-orchestrator[docker]'"
+        return Finding("docker", "missing", "its extra is not installed, so that no engine was looked for", fix)
+    answers, said = machine.docker()
+    if answers:
+        return Finding("docker", "ok", said)
+    return Finding("docker", "missing", said, "start dockerd, or say where it listens with DOCKER_HOST")
 
 
 def check_keys(machine: Machine) -> Finding:
@@ -211,6 +235,7 @@ CHECKS: tuple[Callable[[Machine], Finding], ...] = (
     check_newer_python,
     check_npm,
     *(lambda machine, name=name: check_extra(machine, name) for name in EXTRAS),
+    check_docker,
     check_keys,
 )
 

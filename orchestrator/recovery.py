@@ -212,6 +212,9 @@ class ReaperWorld:
         """Nothing is kept: somebody asked for it to be given back."""
         return False
 
+    async def keep(self, _lease: Lease) -> None:
+        """Nothing is kept."""
+
     async def collect(self) -> None:
         """What the agents logged went with their sandbox."""
 
@@ -250,4 +253,5 @@ def _way(kind: str, header: Header) -> Callable[[Lease], Awaitable[tuple[str, ..
 def _intended(lease: Lease, header: Header) -> Mapping[str, Any]:
     """How to find a sandbox that was killed on its way up: by the name that was chosen for it."""
     kind, scratch = header.info.get("sandbox"), header.info.get("scratch")
-    return {"kind": kind, "name": lease.name, "root": f"{scratch}/{lease.name}"}
+    options = header.info.get("sandbox_options") or {}
+    return {**options, "kind": kind, "name": lease.name, "root": f"{scratch}/{lease.name}"}

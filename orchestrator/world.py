@@ -48,6 +48,7 @@ from states.journal import Folded, Header, LeaseRecord, Stopped
 from states.machine import Facts, Position, Rules
 from states.ports import (
     Connection,
+    Keepable,
     Lease,
     Meter,
     OpenTurn,
@@ -494,9 +495,17 @@ class LiveWorld:
         succeeded = facts.ending == "unverified" or (facts.reward or 0.0) > 0
         keep = lease.kind == "sandbox" and (wish == "always" or (wish == "on-failure" and not succeeded))
         if keep:
-            where = lease.handle.get("root", lease.name)
-            self.note(f"the sandbox was kept: {where}; `rollout reap {self.folder or self.id}` gives it back")
+            where = self.folder or self.id
+            self.note(
+                f"sandbox {lease.name} was kept: `rollout exec {where} -- ls` looks in, `rollout reap {where}` ends it"
+            )
         return keep
+
+    async def keep(self, _lease: Lease) -> None:
+        """End what runs in the sandbox, and let it be."""
+        await self.models.leave()
+        if isinstance(self.sandbox, Keepable):
+            await self.sandbox.leave()
 
     async def _stop_sandbox(self, _lease: Lease) -> tuple[str, ...]:
         await self.models.leave()

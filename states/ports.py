@@ -219,6 +219,14 @@ class ExecSandbox(Protocol):
         """Copy one file out."""
 
 
+@runtime_checkable
+class Keepable(Protocol):
+    """A sandbox that can be kept, to be looked into once its rollout is closed."""
+
+    async def leave(self) -> None:
+        """End all that runs in it and let its files be. This process holds nothing of it then. Idempotent."""
+
+
 # --- agents --------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +537,9 @@ class World(Protocol):
 
     def keeps(self, lease: Lease, facts: Facts) -> bool:
         """Whether the user wants to keep this one, as it ended so."""
+
+    async def keep(self, lease: Lease) -> None:
+        """Let go of what is kept, as it is."""
 
     async def collect(self) -> None:
         """Bring home what is worth keeping (logs), before the sandbox goes."""

@@ -26,6 +26,7 @@ async def run(rollout: Rollout, world: World) -> Released:
     kept: list[Lease] = []
     for lease in reversed(world.leases.open()):
         if world.keeps(lease, rollout.facts):
+            await _let_be(lease, world)
             kept.append(lease)
         else:
             (given_back if await _given_back(lease, world) else leaked).append(lease)
@@ -34,6 +35,14 @@ async def run(rollout: Rollout, world: World) -> Released:
 
 def _names(leases: list[Lease]) -> tuple[str, ...]:
     return tuple(f"{lease.kind} {lease.name}" for lease in leases)
+
+
+async def _let_be(lease: Lease, world: World) -> None:
+    try:
+        with anyio.fail_after(LEASE_SEC):
+            await world.keep(lease)
+    except Exception as error:
+        world.note(f"{lease.kind} {lease.name} was kept as it is: {type(error).__name__}: {error}")
 
 
 async def _given_back(lease: Lease, world: World) -> bool:

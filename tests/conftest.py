@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
 
 import docker_images
 import pytest
@@ -68,3 +71,23 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("daytona_live"):
             item.add_marker(pytest.mark.skip(reason="runs at the real service: pytest -m daytona_live"))
+
+
+@pytest.fixture
+def dockerd():
+    """`dockerd(megabytes)`: an engine of the test's own, where one has to be; with a disk of that size, if given."""
+    made: list[docker_images.Dockerd] = []
+
+    def start(megabytes: int | None = None) -> docker_images.Dockerd:
+        home = Path(tempfile.mkdtemp(prefix="engine-"))
+        try:
+            made.append(docker_images.Dockerd.start(home, megabytes))
+        except OSError as error:
+            shutil.rmtree(home, ignore_errors=True)
+            missing("docker", f"no engine of the test's own comes up: {error}")
+        return made[-1]
+
+    yield start
+    for engine in made:
+        engine.stop()
+        shutil.rmtree(engine.home)

@@ -194,7 +194,11 @@ class Dockerd:
             if subprocess.run(command, capture_output=True, check=False).returncode:
                 raise OSError("a disk in memory cannot be mounted")
         engine = cls(home)
-        engine.start_again()
+        try:
+            engine.start_again()
+        except OSError:
+            engine.stop()
+            raise
         return engine
 
     @property

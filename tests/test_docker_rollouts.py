@@ -9,14 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from pathlib import Path
 
 import anyio
 import pytest
 import requirements
-from docker_images import BARE, DEBIAN, Dockerd, ask
+from docker_images import BARE, DEBIAN, ask
 
 requirements.module("aiodocker", "docker")
 
@@ -24,7 +23,7 @@ from orchestrator import Rollout, RolloutConfig
 from orchestrator.capture import read_trajectory
 from orchestrator.journal import read_journal
 from orchestrator.recovery import reap
-from orchestrator.sandboxes.docker import sweep
+from orchestrator.sandboxes.docker import LABEL, sweep
 from orchestrator.tasks import demo_task
 from states.journal import LeaseRecord, Transition
 
@@ -32,6 +31,7 @@ pytestmark = pytest.mark.docker
 
 IMAGES = {"debian:stable-slim": DEBIAN}
 ROLLOUT_SEC = 120
+PID = f"{LABEL}owner-pid"
 
 
 @pytest.fixture(autouse=True)
@@ -207,13 +207,13 @@ STATES = (
 )
 
 
-def killed_in(state: str, out: Path) -> Path:
-    """The folder of a rollout whose orchestrator was killed as it entered `state`; its container was running."""
+def killed_in(state: str, out: Path, images: dict[str, str] = IMAGES, **env: str) -> Path:
+    """The folder of a rollout whose orchestrator was killed as it entered `state`."""
     name = f"killed-{uuid.uuid4().hex[:8]}"
-    argv = [sys.executable, "-c", CHILD, state, str(out), name, json.dumps(IMAGES)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ROLLOUT_SEC)
+    argv = [sys.executable, "-c", CHILD, state, str(out), name, json.dumps(images)]
+    env = {**os.environ, **env}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ROLLOUT_SEC, env=env)
     assert done.returncode == -9, done.stderr
-    assert left_by(out / name) == 200
     return out / name
 
 
@@ -221,6 +221,7 @@ def killed_in(state: str, out: Path) -> Path:
 def test_a_killed_rollout_leaves_nothing_once_it_is_reaped(state, tmp_path):
     """What ran in the container ends by itself; reaping captures, closes and removes."""
     folder = killed_in(state, tmp_path)
+    assert left_by(folder) == 200
     status, answer = ask("POST", f"/containers/rollout-{folder.name}/wait")
     assert (status, json.loads(answer)["StatusCode"]) == (200, 3)
     result = anyio.run(reap, folder)
@@ -240,12 +241,15 @@ def _open_leases(folder: Path) -> list[LeaseRecord]:
     return [record for record in found.values() if record.action != "returned"]
 
 
-def test_what_was_killed_is_found_without_its_journal(tmp_path):
-    """By label; afterwards its journal can still be closed."""
-    folder = killed_in("executing", tmp_path)
-    told = anyio.run(sweep, {})
-    assert any(f"rollout-{folder.name}" in text for text in told)
-    assert left_by(folder) == 404
+def test_what_was_killed_is_found_without_its_journal(tmp_path, dockerd):
+    """By label, in an engine where nobody else is killed; afterwards its journal can still be closed."""
+    engine = dockerd()
+    engine.load(BARE)
+    folder = killed_in("executing", tmp_path, {"debian:stable-slim": BARE}, DOCKER_HOST=engine.url)
+    (left,) = engine.containers()
+    told = anyio.run(sweep, {"engine": engine.url})
+    assert told == (f"removed container rollout-{folder.name} of process {left['Labels'][PID]}, which is gone",)
+    assert engine.containers() == []
     assert anyio.run(reap, folder).state == "closed/failed"
 
 
@@ -319,24 +323,6 @@ def test_a_socket_that_is_closed_to_us_is_the_sandboxes_failure(tmp_path):
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ROLLOUT_SEC)
     assert done.stdout.startswith("closed/failed sandbox "), done.stderr
     assert "permission denied; join the group" in done.stdout
-
-
-@pytest.fixture
-def dockerd():
-    """An engine of the test's own: `dockerd(megabytes)`; with a disk of that size where one is given."""
-    made: list[Dockerd] = []
-
-    def start(megabytes: int | None = None) -> Dockerd:
-        try:
-            made.append(Dockerd.start(Path(tempfile.mkdtemp(prefix="engine-")), megabytes))
-        except OSError as error:
-            requirements.missing("docker", f"no engine of our own comes up: {error}")
-        return made[-1]
-
-    yield start
-    for engine in made:
-        engine.stop()
-        shutil.rmtree(engine.home)
 
 
 def test_an_engine_that_goes_away_in_mid_turn_is_the_sandboxes_failure(tmp_path, dockerd):

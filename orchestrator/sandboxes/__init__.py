@@ -6,6 +6,7 @@ A kind that ships is a module of this package, named as the kind is, imported on
     make(spec: SandboxSpec) -> Sandbox              starts nothing; raises `ConfigError`
     async reap(handle: Mapping[str, Any]) -> None   gives back what `Sandbox.start` returned, or would have; idempotent
     async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
+    async def reopen(handle) -> Sandbox             of one that was kept: up for a look inside, then `leave`
     LACKS: frozenset[str]                           needs of conformance clauses that it cannot meet, by design
 
 A sandbox that is brought along may have `exec`, `upload` and `download` only: `exec_only` makes the rest.
@@ -123,6 +124,18 @@ def lacks(wanted: str) -> frozenset[str]:
     """What a sandbox cannot do by design, in the words of `Clause.needs`: `LACKS` of its module or class."""
     part = _imported(wanted) if ":" in wanted else _kind(wanted)
     return frozenset(getattr(part, "LACKS", ()))
+
+
+async def reopen(handle: Mapping[str, Any]) -> Sandbox:
+    """A sandbox that was kept, up again from what its `start` returned, for a look inside; `leave` it then.
+
+    Raises `ConfigError` for a kind that keeps none, `SandboxError` when it is gone.
+    """
+    kind = handle.get("kind", "")
+    reopen = getattr(_kind(kind), "reopen", None) if kind in KINDS else None
+    if reopen is None:
+        raise ConfigError(f"a sandbox of the kind {kind!r} cannot be looked into from here")
+    return cast(Sandbox, await reopen(handle))
 
 
 async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:

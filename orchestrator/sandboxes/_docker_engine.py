@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 import aiodocker
 import aiohttp
+import anyio
 import attrs
 from aiodocker.exceptions import DockerError
 
@@ -78,9 +79,10 @@ class Engine:
         return self._session.closed
 
     async def close(self) -> None:
-        """Give the connection back. Idempotent."""
-        await self._docker.close()
-        await self._session.close()
+        """Give the connection back, also when we are cancelled. Idempotent."""
+        with anyio.CancelScope(shield=True):
+            await self._docker.close()
+            await self._session.close()
 
     @contextlib.contextmanager
     def says(self, what: str) -> Iterator[aiodocker.Docker]:

@@ -50,10 +50,9 @@ PLACE = "/run/rollout"
 """Where everything of ours is."""
 
 PRIVATE = f"{PLACE}/private"
-"""For PID 1 alone: the host's socket, the gateway's, what handles have of their own."""
+"""For PID 1 alone: the host's socket, and what handles have of their own."""
 
 SOCKET = f"{PRIVATE}/host/control.sock"
-GATEWAY = f"{PLACE}/gateway.sock"
 BINDS = f"{PLACE}/binds"
 """Where the engine binds the host's folders; each handle finds them at their own paths."""
 
@@ -211,6 +210,17 @@ class Container(supervisor.Supervisor):
         super().__init__(control, settings)
         self.own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.spaces: dict[int, int] = {}
+        self.leaving = supervisor.HOST_GONE
+
+    def gone(self) -> NoReturn:
+        os._exit(self.leaving)
+
+    def heard(self, asked: dict[str, Any]) -> bool:
+        """What is here is to be found again: when the host goes, that is as it should be."""
+        if asked.get("do") != "keep":
+            return False
+        self.leaving = 0
+        return True
 
     def start(self, command: supervisor.Command, asked: dict[str, Any], given: dict[str, int]) -> None:
         """A handle or a piece of work on files, as a process that can be waited for and killed."""
@@ -559,7 +569,8 @@ def fork(does: Callable[[], Any], container: Container) -> None:
         os._exit(1)
 
 
-def start_relay(container: Container) -> None:
+def start_relay(container: Container, gateway: int) -> None:
+    """Carry what connects to our loopback port to the gateway's socket, which the host has opened for us."""
     port = container.settings["port"]
     listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
     listener.bind(("127.0.0.1", port))
@@ -569,7 +580,7 @@ def start_relay(container: Container) -> None:
         confine(65_534, 65_534, privileges=False)
         _thread.stack_size(262_144)
         os.chdir("/")
-        supervisor.relay(listener, GATEWAY)
+        supervisor.relay(listener, f"/proc/self/fd/{gateway}")
 
     fork(relay, container)
     listener.close()
@@ -608,7 +619,7 @@ def main() -> NoReturn:
     _signal.signal(_signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 has to say so, or the engine waits for 10 s
     control = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     control.connect(SOCKET)
-    message, _ = supervisor.receive(control)
+    message, given = supervisor.receive(control)
     if not message:
         os._exit(supervisor.HOST_GONE)
     settings = marshal.loads(message)
@@ -616,7 +627,8 @@ def main() -> NoReturn:
     try:
         prepare(settings)
         if settings["port"]:
-            start_relay(container)
+            start_relay(container, given[0])
+            os.close(given[0])
         if settings["service"]:
             start_service(container)
     except OSError as exc:

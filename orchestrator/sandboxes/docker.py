@@ -35,13 +35,14 @@ import os
 import posixpath
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
 import attrs
+from aiodocker.exceptions import DockerError
 
 from orchestrator._tasks import Detached, first_of
 from orchestrator.sandboxes import Network, SandboxSpec, container
@@ -348,34 +349,87 @@ class DockerSandbox:
             if self._phase == "stopped":
                 raise SandboxError(f"sandbox {self.name} was stopped; make a new one")
             if self._phase == "new":
-                try:
-                    await self._come_up()
-                except BaseException:
-                    with anyio.CancelScope(shield=True):
-                        await self._unmake()
-                    raise
-                self._phase = "up"
+                async with self._or_nothing():
+                    await self._make()
             engine = self._engine.url if self._engine else ""
-        return {"kind": "docker", "name": self.name, "container": self._id, "engine": engine, "root": str(self.root)}
+        return {
+            "kind": "docker",
+            "name": self.name,
+            "container": self._id,
+            "engine": engine,
+            "root": str(self.root),
+            "cwd": self.cwd,
+            "user": self.user,
+        }
 
-    async def _come_up(self) -> None:
+    async def attach(self, handle: Mapping[str, Any]) -> tuple[str, ...]:
+        """Take over the container that a `start` of another process returned: its files, and nothing that ran in it.
+
+        Returns how that is known. Raises `SandboxError` where it is gone, and then it is left as it is.
+        """
+        async with self._lock:
+            if self._phase != "new":
+                raise SandboxError(f"sandbox {self.name} was started already: it cannot be attached to another one")
+            self._engine = engine = Engine.open(handle.get("engine"))
+            try:
+                evidence = await self._take_over(engine, handle["container"])
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await self._leave()
+                raise
+            self._phase = "up"
+        return evidence
+
+    async def _take_over(self, engine: Engine, container_id: str) -> tuple[str, ...]:
+        what = f"container {self.name} cannot be had again"
+        with engine.says(what) as docker, anyio.fail_after(REMOVE_SEC):
+            old = docker.containers.container(container_id)
+            found = await old.show()
+            if found["State"]["Running"]:  # its PID 1 ends with its orchestrator, if that has not just happened
+                with contextlib.suppress(DockerError):
+                    await old.kill()
+                await old.wait()
+            image = Image.of(await docker.images.inspect(found["Image"]))
+        self._image_env = dict(image.env)
+        self._id = container_id
+        await anyio.to_thread.run_sync(self._make_root)
+        await self._bring_up(engine, image)
+        return (f"container {self.name} was not running: nothing that was started in it before is alive",)
+
+    @contextlib.asynccontextmanager
+    async def _or_nothing(self) -> AsyncIterator[None]:
+        """What is begun here comes up, or leaves nothing."""
+        try:
+            yield
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._unmake()
+            raise
+        self._phase = "up"
+
+    async def _make(self) -> None:
         self._engine = engine = Engine.open(self.engine)
         kit = await anyio.to_thread.run_sync(self._make_root)
         image = await find_image(engine, image=self.image, build=self.build, image_map=self.image_map, note=self.note)
         self._image_env = dict(image.env)
         await self._refuse_gpus(engine)
+        with anyio.CancelScope(shield=True):  # half a request would leave a container that nobody knows of
+            with engine.says(f"container {self.name} cannot be made") as docker:
+                made = await docker.containers.create(self._config(image, kit), name=self.name)
+            self._id = made.id
+        await self._bring_up(engine, image)
+
+    async def _bring_up(self, engine: Engine, image: Image) -> None:
+        """Start the container, and tell its PID 1 what it is to be."""
         with self._listening() as listener:
-            with anyio.CancelScope(shield=True):  # half a request would leave a container that nobody knows of
-                with engine.says(f"container {self.name} cannot be made") as docker:
-                    made = await docker.containers.create(self._config(image, kit), name=self.name)
-                self._id = made.id
             with engine.says(f"container {self.name} cannot be started") as docker:
                 await docker.containers.container(self._id).start()
             self._watch = watch = Detached(self._watched, name=f"watch:{self.name}").start()
             try:
                 with anyio.fail_after(START_SEC):
                     self._control = await first_of(lambda: _accepted(listener), lambda: self._too_early(watch))
-                    await self._control.send(marshal.dumps(self._settings(image)), [])
+                    with self._gateway_fd() as fds:
+                        await self._control.send(marshal.dumps(self._settings(image)), fds)
                     answer, self._pidfd = await _answered(self._control)
             except TimeoutError as exc:
                 raise SandboxError(
@@ -384,6 +438,18 @@ class DockerSandbox:
         if answer != b"ready":
             why = answer.decode(errors="replace").removeprefix("error ") or "it ended"
             raise SandboxError(f"container {self.name} did not come up: {why}{await self._log()}")
+
+    @contextlib.contextmanager
+    def _gateway_fd(self) -> Iterator[list[int]]:
+        """The gateway's socket, opened as a path: whoever has that can connect, wherever it is."""
+        if self.gateway is None or not self._relays:
+            yield []
+            return
+        fd = os.open(self.gateway.socket, os.O_PATH | os.O_CLOEXEC)
+        try:
+            yield [fd]
+        finally:
+            os.close(fd)
 
     async def _watched(self) -> None:
         """Wait for as long as the container lives, in one request. Its end, or the engine's, is everybody's."""
@@ -423,13 +489,41 @@ class DockerSandbox:
                 await self._unmake()
             self._phase = "stopped"
 
-    async def _unmake(self) -> None:
-        """Close our side, and have the engine kill and remove what there is."""
+    async def leave(self) -> None:
+        """See `Keepable.leave`. The container is there, ended, for whoever attaches to it next."""
+        async with self._lock:
+            if self._phase == "up":
+                self._keep()
+                await self._leave()
+            self._phase = "stopped"
+
+    def _keep(self) -> None:
+        """When we hang up, that is as it should be: PID 1 ends with 0, and no sweep takes it for a dead one's."""
+        self._require_up().tell(marshal.dumps({"do": "keep"}))
+
+    async def _leave(self) -> None:
+        self._let_go()
+        self._hang_up()
+        engine = self._engine
+        if engine is not None:
+            try:
+                with engine.says(f"container {self.name}") as docker, anyio.move_on_after(REMOVE_SEC):
+                    if self._id:
+                        await docker.containers.container(self._id).wait()
+            finally:
+                await engine.close()
+        await anyio.to_thread.run_sync(_remove_root, self.root)
+
+    def _let_go(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
         for handle in self._handles.values():
             handle._let_go()
             handle._phase = "ended"
+
+    async def _unmake(self) -> None:
+        """Close our side, and have the engine kill and remove what there is."""
+        self._let_go()
         try:
             if self._id and self._engine is not None:
                 if self._engine.closed:  # a stop before this one could not do it
@@ -501,8 +595,6 @@ class DockerSandbox:
         ]
         mounts = [_bind(host, inside, read_only=True) for host, inside in read_only]
         mounts.append(_bind(self.root, posixpath.dirname(container.SOCKET), read_only=False))
-        if self.gateway is not None and self._relays:
-            mounts.append(_bind(self.gateway.socket, container.GATEWAY, read_only=False))
         memory = (self.limits.memory_mb or 0) << 20
         return {
             "Image": image.id,
@@ -696,6 +788,32 @@ def make(spec: SandboxSpec) -> DockerSandbox:
     )
 
 
+async def probe() -> str:
+    """What a docker sandbox would run on here, in a few words. Raises `SandboxError`, `ConfigError` saying why not."""
+    engine = Engine.open()
+    try:
+        with engine.says("which engine this is") as docker:
+            found = await docker.version()
+        return f"engine {found['Version']} at {engine.url}"
+    finally:
+        await engine.close()
+
+
+async def reopen(handle: Mapping[str, Any]) -> DockerSandbox:
+    """A sandbox that was kept, up again for a look inside; `leave` it then. Raises `SandboxError` when it is gone."""
+    sandbox = DockerSandbox(
+        name=handle["name"],
+        image=handle["container"],
+        user=handle["user"],
+        network="none",
+        limits=Limits(disk_mb=None),
+        cwd=handle["cwd"],
+        root=Path(handle["root"]),
+    )
+    await sandbox.attach(handle)
+    return sandbox
+
+
 async def reap(handle: Mapping[str, Any]) -> None:
     """Give back a sandbox whose orchestrator died, by what `start` returned, or would have: `name`. Idempotent.
 
@@ -733,12 +851,19 @@ async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
             labels = one["Labels"]
             owner = {key: labels.get(f"{LABEL}owner-{key}", "") for key in ("host", "pid", "started")}
             alive = owner["pid"].isdigit() and started_at(int(owner["pid"])) == owner["started"]
-            if owner["host"] == socket.gethostname() and not alive:
+            if owner["host"] == socket.gethostname() and not alive and not await _is_kept(engine, one.id):
                 await _remove(engine, one.id)
                 said.append(f"removed container {labels[f'{LABEL}sandbox']} of process {owner['pid']}, which is gone")
     finally:
         await engine.close()
     return tuple(said)
+
+
+async def _is_kept(engine: Engine, container_id: str) -> bool:
+    """Whether somebody wants to look into it: its PID 1 was told so before its orchestrator went."""
+    with engine.says(f"container {container_id[:12]}") as docker:
+        state = (await docker.containers.container(container_id).show())["State"]
+    return bool(state["Status"] == "exited" and state["ExitCode"] == 0)
 
 
 async def _remove(engine: Engine, container_id: str) -> None:

@@ -318,7 +318,8 @@ class LocalSandbox:
                 await self._make()
                 self._phase = "up"
         groups = sorted({str(folder) for folder in self._cgroup.folders.values()})
-        return {"kind": "local", "name": self.name, "root": str(self.root), "cgroups": groups}
+        about = {"kind": "local", "name": self.name, "root": str(self.root), "cwd": self.cwd}
+        return {**about, "cgroups": groups}
 
     async def _make(self) -> None:
         if _is_occupied(self.root):
@@ -361,6 +362,21 @@ class LocalSandbox:
                 for handle in list(self._handles.values()):
                     await handle.end()
                 await self._unmake()
+            self._phase = "stopped"
+
+    def _reuse(self) -> None:
+        """Come up on the files of one that was kept."""
+        self._owner = _bwrap.spare_uid(str(self.root))
+        own = {self._backing(at).name for at in (*self._shared, *TRUSTED)}
+        self._shared += tuple(f"/{path.name}" for path in self._backing("/").iterdir() if path.name not in own)
+        self._fallback = _limits.fallback(self.limits, self._cgroup, own_uid=self._owner is not None)
+        self._phase = "up"
+
+    async def leave(self) -> None:
+        """See `Keepable.leave`."""
+        async with self._lock:
+            for handle in list(self._handles.values()):
+                await handle.end()
             self._phase = "stopped"
 
     async def _unmake(self) -> None:
@@ -462,6 +478,16 @@ def make(spec: SandboxSpec) -> LocalSandbox:
 async def sweep(_options: Mapping[str, str]) -> tuple[str, ...]:
     """Nothing of a local sandbox outlives its orchestrator but its folder, which is found from its journal alone."""
     raise ConfigError("local sandboxes are found by their rollouts: give the folder of those instead of --sandbox")
+
+
+async def reopen(handle: Mapping[str, Any]) -> LocalSandbox:
+    """A sandbox that was kept, up again for a look inside; `leave` it then. Raises `SandboxError` when it is gone."""
+    root = Path(handle["root"])
+    if not (root / MARKER).is_file():
+        raise SandboxError(f"sandbox {handle['name']} is gone: there is no {root / MARKER}")
+    sandbox = LocalSandbox(name=handle["name"], root=root, network="none", cwd=handle["cwd"])
+    await _in_thread(sandbox._reuse)
+    return sandbox
 
 
 async def reap(handle: Mapping[str, Any]) -> None:

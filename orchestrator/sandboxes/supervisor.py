@@ -146,12 +146,22 @@ class Supervisor:
                 if handler is not None:
                     handler()
 
+    def gone(self) -> NoReturn:
+        """The host is gone; so is every process here."""
+        os._exit(HOST_GONE)
+
+    def heard(self, _asked: dict[str, Any]) -> bool:
+        """Whether that was a word that wants no answer."""
+        return False
+
     def request(self) -> None:
         """One request: a marshalled dict, with the fds that it names."""
         message, fds = receive(self.control)
         if not message:
-            os._exit(HOST_GONE)  # and so is every process here
+            self.gone()
         asked = marshal.loads(message)
+        if self.heard(asked):
+            return
         given = dict(zip(asked["fds"], fds, strict=True))
         if "body" in given:
             asked |= marshal.loads(read_all(given["body"]))

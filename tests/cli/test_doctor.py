@@ -23,6 +23,7 @@ class Fitted(Machine):
     failing: frozenset[str] = frozenset()
     """Programs that do not start."""
     probed: tuple[doctor.Finding, ...] = (doctor.Finding("a trial sandbox", "ok", "came up"),)
+    engine: tuple[bool, str] = (True, "engine 20.10 at unix:///run/docker.sock")
     cannot_write: str = ""
     space_mb: int = 100_000
 
@@ -43,6 +44,9 @@ class Fitted(Machine):
 
     def sandbox(self) -> list[doctor.Finding]:
         return list(self.probed)
+
+    def docker(self) -> tuple[bool, str]:
+        return self.engine
 
     def cache(self) -> Path:
         return Path("/cache")
@@ -83,6 +87,8 @@ def test_on_a_machine_with_everything_nothing_is_to_fix():
         ("newer python", {"failing": frozenset({"python3.12"})}, "missing", "no Python 3.12", "pip install uv"),
         ("npm", {"programs": frozenset()}, "missing", "codex-acp, claude-agent-acp", "install Node.js"),
         ("npm", {"failing": frozenset({"npm"})}, "missing", "does not start", "reinstall Node.js"),
+        ("docker", {"engine": (False, "no engine answers")}, "missing", "no engine answers", "start dockerd"),
+        ("docker", {"modules": frozenset()}, "missing", "its extra is not installed", "pip install"),
         ("model keys", {"env": {}}, "missing", "no provider's key is set", "export OPENAI_API_KEY"),
     ],
 )

@@ -565,22 +565,32 @@ async def test_a_sandbox_is_reaped_by_its_handle_and_by_its_intended_name(box, d
         assert ask("DELETE", f"/containers/{name}")[0] == 204
 
 
-async def test_sweeping_takes_what_the_dead_left_and_nothing_else(box):
-    """By labels: the owner's machine, process and start; the living and other machines are not touched."""
+async def test_sweeping_takes_what_the_dead_left_and_nothing_else(box, dockerd):
+    """By labels: the owner's machine, process and start. The living, other machines and what was kept are left."""
+    engine = dockerd()
+    engine.load(BARE)
     mine = {f"owner-{key}": str(value) for key, value in owner().items()}
     assert mine["owner-started"] == started_at(os.getpid())
-    boxes = {
-        "living": box(labels={"test": "sweep", **mine}),
-        "dead": box(labels={"test": "sweep", **mine, "owner-started": "1"}),
-        "elsewhere": box(labels={"test": "sweep", **mine, "owner-host": "elsewhere", "owner-started": "1"}),
-        "nobody": box(labels={"test": "sweep"}),
+    dead = {**mine, "owner-started": "1"}
+    labels = {
+        "living": mine,
+        "dead": dead,
+        "kept": dead,
+        "elsewhere": {**dead, "owner-host": "elsewhere"},
+        "nobody": {},
     }
+    boxes = {name: box(image=BARE, engine=engine.url, labels=of) for name, of in labels.items()}
     for sandbox in boxes.values():
         await sandbox.start()
-    told = await sweep({})
-    assert any(boxes["dead"].name in text for text in told)
-    left = {name: ask("GET", f"/containers/{sandbox.name}/json")[0] for name, sandbox in boxes.items()}
-    assert left == {"living": 200, "dead": 404, "elsewhere": 200, "nobody": 200}
+    handle = await boxes["kept"].start()
+    await boxes["kept"].leave()
+    told = await sweep({"engine": engine.url})
+    assert told == (f"removed container {boxes['dead'].name} of process {os.getpid()}, which is gone",)
+    left = {one["Names"][0].lstrip("/") for one in engine.containers()}
+    assert left == {sandbox.name for name, sandbox in boxes.items() if name != "dead"}
+    await reap(handle)
+    for sandbox in boxes.values():
+        await sandbox.stop()
 
 
 async def test_nothing_runs_on_when_the_orchestrator_is_gone(up):
@@ -590,3 +600,31 @@ async def test_nothing_runs_on_when_the_orchestrator_is_gone(up):
     sandbox._control.sock.close()  # as the kernel does for a process that was killed
     status, answer = ask("POST", f"/containers/{sandbox.name}/wait")
     assert (status, json.loads(answer)["StatusCode"]) == (200, 3)
+
+
+# --- one that is kept ----------------------------------------------------------------------------------------
+
+
+async def test_a_container_that_is_left_can_be_attached_to(box, gateway):
+    """Its files are there, those of each handle too, what ran in it is not; the way to the gateway is a new one."""
+    first = box(gateway=gateway)
+    handle = await first.start()
+    agent = first.handle("solver-1")
+    await agent.open()
+    await said(agent, "echo work > /app/work; echo mine > ~/mine; echo scratch > /tmp/scratch")
+    await agent.exec("setsid sleep 100000 >/dev/null 2>&1 &")
+    await first.leave()
+    second = DockerSandbox(name=first.name, image="unused", root=first.root, gateway=gateway)
+    evidence = await second.attach(handle)
+    assert "was not running" in evidence[0]
+    again = second.handle("solver-1")
+    await again.open()
+    assert await said(again, "cat /app/work ~/mine /tmp/scratch; cat /proc/[0-9]*/comm | grep sleep || echo none") == (
+        "work\nmine\nscratch\nnone\n"
+    )
+    assert await said(again, ["python3", "-c", CALL]) == "hello\n"
+    with pytest.raises(SandboxError, match="started already"):
+        await second.attach(handle)
+    await second.stop()
+    with pytest.raises(SandboxError, match="cannot be had again"):
+        await DockerSandbox(name=first.name, image="unused", root=first.root).attach(handle)
