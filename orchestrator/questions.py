@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import anyio
 import anyio.to_thread
 import attrs
 
+from states.errors import AgentError
 from states.ports import AskHandler, AskUserRequest
 
 Policy = Literal["allow", "deny", "ask"]
 By = Literal["policy", "handler", "terminal", "nobody"]
 
+KINDS = ("permission", "elicitation", "approval")
 ALLOW = ("allow_once", "allow_always")
 REJECT = ("reject_once", "reject_always")
 
@@ -37,6 +39,25 @@ class Answer:
 
 
 UNANSWERED = Answer(None, "nobody", "not answered yet")
+
+
+def read_request(asked: Any) -> AskUserRequest:
+    """A question as an agent puts it, be it of our own class or of another harness's of the same shape.
+
+    Kinds may stand by option (`{"a": "allow_once"}`, as BenchFlow has them) or in the options' order; what has none is
+    a choice. Raises `AgentError` for what is no question.
+    """
+    if isinstance(asked, AskUserRequest):
+        return asked
+    prompt, options = getattr(asked, "prompt", None), getattr(asked, "options", ())
+    if not isinstance(prompt, str) or not isinstance(options, list | tuple):
+        raise AgentError(f"a question has a prompt and options; {type(asked).__name__} is none")
+    options = tuple(map(str, options))
+    given = getattr(asked, "option_kinds", ())
+    kinds = tuple(given.get(option, "") for option in options) if isinstance(given, Mapping) else tuple(given or ())
+    named = getattr(asked, "kind", None)
+    kind: Any = named if named in KINDS else ("permission" if any(kinds) else "elicitation")
+    return AskUserRequest(prompt, options, tuple(map(str, kinds)), str(getattr(asked, "request_id", "")), kind)
 
 
 def question_step(request: AskUserRequest, answer: Answer = UNANSWERED) -> dict[str, Any]:

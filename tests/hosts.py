@@ -45,6 +45,7 @@ HOSTS = {
     "inspect": Host(("inspect-ai==0.3.285", "openai", "anthropic")),  # the bridge serves these clients' formats
     "verifiers": Host(("verifiers==0.4.0",)),
     "benchflow": Host(("benchflow==0.7.11",), overrides=("certifi",)),  # the same floor
+    "elsewhere": Host(("--editable", str(ROOT / "tests" / "elsewhere" / "tiny_agent")), python="3.11"),
 }
 
 

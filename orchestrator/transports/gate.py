@@ -23,14 +23,21 @@ class GatedHandle:
     """What `Agent.connect(sandbox, role)` gets as `sandbox`: `exec`, `read_file`, `write_file` of one role.
 
     Commands run in the task's folder with the role's environment. An agent that kept the handle past its session
-    finds it revoked.
+    finds it revoked. `agent_env` (where its model is, and as whom to call it) and `agent_cwd` are here for agents that
+    were written for BenchFlow, which hands them over on the sandbox; others name `agent_env` in their `connect`.
     """
 
     cwd: str
     _handle: SandboxHandle
     _env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    agent_env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     _gate: Literal["closed", "open", "revoked"] = "closed"
     _running: dict[anyio.CancelScope, anyio.Event] = attrs.field(factory=dict, init=False, repr=False)
+
+    @property
+    def agent_cwd(self) -> str:
+        """The task's folder."""
+        return self.cwd
 
     async def exec(
         self,

@@ -19,13 +19,13 @@ import anyio.from_thread
 import attrs
 
 from orchestrator._tasks import Detached
-from orchestrator.questions import Questions, answer_fields, question_step
+from orchestrator.questions import Questions, answer_fields, question_step, read_request
 from orchestrator.transports.gate import GatedHandle
 from orchestrator.transports.inflight import PromptTask, Turn, settled
 from orchestrator.transports.steps import StepReader
 from states.errors import AgentError, ConfigError, ConnectError, ProviderError, SandboxError, said
 from states.events import FactoryOpened, Lost, Settled, TurnEnded, TurnFailed
-from states.ports import AskUserRequest, Connection, OpenTurn, Seat, Segment, Session
+from states.ports import Connection, OpenTurn, Seat, Segment, Session
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class SessionFactoryTransport:
         that comes after we stopped waiting is closed.
         """
         await seat.handle.open()
-        gate = GatedHandle(self.cwd, seat.handle, self.exec_env)
+        gate = GatedHandle(self.cwd, seat.handle, self.exec_env, dict(self.agent_env))
         connecting = Detached(self._connect, (gate, seat.role.name), name="connect").start()
         try:
             return self._opened(await self._in_time(connecting), seat, gate)
@@ -130,7 +130,8 @@ class SessionFactoryTransport:
             raise ConnectError(f"connect() returned {kind}, which is no Session: it lacks {missing}", retryable=False)
         _asked("on_ask_user()", lambda: session.on_ask_user(lambda request: self._answer(request, live)))
 
-    async def _answer(self, request: AskUserRequest, live: LiveSession) -> str | None:
+    async def _answer(self, asked: Any, live: LiveSession) -> str | None:
+        request = read_request(asked)
         update = live.reader.note(question_step(request))
         answer = await live.turn.answer(self.questions, request)
         update(answer_fields(answer))
@@ -243,13 +244,14 @@ def _asked(what: str, call: Callable[[], T]) -> T:
 
 
 def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keywords of `offered` that `function` takes: read off its signature, never by trying."""
+    """Those keywords of `offered` that `function` names: read off its signature, never by trying.
+
+    `**keywords` names none: factories of other harnesses hand what they get there to a constructor of their own.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # builtins have none
         return {}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(offered)
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {name: value for name, value in offered.items() if name in names}
 

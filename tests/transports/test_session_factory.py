@@ -92,16 +92,19 @@ def by_factory(factory, monkeypatch, **config):
 
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_factory_gets_those_keywords_that_it_names(monkeypatch, is_async):
-    """`task`, `model`, `env`: whichever stand in its signature; all of them for `**keywords`; it may be async."""
+    """`task`, `model`, `env`: whichever stand in its signature; it may be async.
+
+    None for `**keywords`: factories of other harnesses hand those to a constructor that knows none of ours.
+    """
     got = []
 
     def plain(model, env):
         got.append((model, env["ROLLOUT_MODEL"]))
         return HandAgent(say_done)
 
-    async def other(**keywords):
-        got.append((keywords["model"], keywords["env"]["ROLLOUT_MODEL"]))
-        assert keywords["task"] is None
+    async def other(task, model, env, **keywords):
+        got.append((model, env["ROLLOUT_MODEL"]))
+        assert (task, keywords) == (None, {})
         return HandAgent(say_done)
 
     stand = await drive(by_factory(other if is_async else plain, monkeypatch))
