@@ -23,6 +23,7 @@ AGENTS = [
 IDS = (
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b"), "UUID"),
     (re.compile(r"\b[0-9a-f]{12}\b"), "ID"),
+    (re.compile(r'("seconds": )[\d.e-]+'), r"\1N"),
     (re.compile(r"\(pid \d+ here\)"), "(pid N here)"),
     (re.compile(r"none of \d+ processes is in PID namespace \d+"), "none of N processes is in PID namespace N"),
     (re.compile(r" (exited with code 0|still ran [\d.]+ s) after its stdin was closed"), " saw the end of its stdin"),
