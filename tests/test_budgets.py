@@ -570,3 +570,45 @@ async def test_what_a_director_spends_is_its_own_and_the_rollouts(transport):
     assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {
         "the rollout's budget of 100 tokens is spent (120)"
     }
+
+
+@pytest.mark.anyio
+async def test_a_role_that_is_spent_while_the_one_before_it_ends_is_not_connected(transport):
+    """The turn was decided before the swap; what was counted since is known before anybody is started for it."""
+    stand = build(transport, {"coder": SAYS, "reviewer": SAYS}, roles=("coder", "reviewer"))
+    meter = FakeMeter()
+    stand.rollout._world.models._meters.append(meter)
+    limits = Limits(roles={"coder": Budgets(), "reviewer": Budgets(tokens=100)})
+    object.__setattr__(stand.rollout._world, "limits", limits)
+
+    def late():
+        meter.turn_began("reviewer", 0, Budgets())
+        meter.counted += Usage(calls=1, input_tokens=150)
+
+    await drive(hooked(stand, on("quiescing", late)))
+    assert [event.role for event in events(stand) if isinstance(event, ev.RoleAssigned)] == ["coder"]
+    assert [event.next.role for event in events(stand) if isinstance(event, ev.RoleSwapped)] == ["reviewer"]
+    assert [event.why for event in events(stand) if isinstance(event, ev.PlanDone)] == [
+        "reviewer's budget of 100 tokens is spent (150)"
+    ]
+    assert stand.rollout.result().usage.by_role["reviewer"].tokens == 150
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("asked", [1, 2], ids=["disconnected", "session"])
+async def test_a_turn_with_a_budget_keeps_it_over_a_pause(transport, asked):
+    """Somebody holds the rollout while its plan is asked: the decision is kept as it was, limits and all."""
+    calls, stands = [], []
+
+    def lead(story):
+        calls.append(len(story.turns))
+        if len(calls) == asked:
+            stands[0].rollout.pause("somebody")
+        return Turn("agent", budgets=Budgets(tool_calls=9)) if len(story.turns) < 2 else None
+
+    stand = build(transport, SAYS, director=lead)
+    stands.append(stand)
+    await drive(hooked(stand, on("paused", lambda: stand.rollout.resume("somebody"))))
+    assert [event.next.budgets for event in events(stand) if isinstance(event, ev.Paused)] == [{"tool_calls": 9}]
+    assert [event.budgets for event in events(stand) if isinstance(event, ev.Prompted)] == [{"tool_calls": 9}] * 2
+    assert calls == [0, 1, 2]
