@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.registry import AgentConfig, Registry
     from orchestrator.result import RolloutResult
     from orchestrator.rollout import Rollout
+    from orchestrator.watch import Follower
     from states.ports import Sandbox
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -201,7 +202,7 @@ def cli() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing until it is over.")
 @json_option
 @click.pass_context
-def run(context: click.Context, /, task: str | None, *, quiet: bool, as_json: bool, **options: Any) -> int:
+def run(context: click.Context, /, *, quiet: bool, as_json: bool, **_options: Any) -> int:
     """Run one rollout of TASK: a task's folder, or `demo`, the task that ships with this program.
 
     Who takes turns: one --agent; or the roles of a --scene file, or of a task that has scenes, each played as written
@@ -213,10 +214,54 @@ def run(context: click.Context, /, task: str | None, *, quiet: bool, as_json: bo
     """
     from orchestrator.rollout import Rollout
 
+    rollout = Rollout(_configured(context))
+
+    async def begin() -> Rollout:
+        return rollout
+
+    return _outcome(_drive(begin, None, quiet=quiet), as_json=as_json)
+
+
+def _configured(context: click.Context) -> RolloutConfig:
+    """The library's config of a `run` that was asked for, with what it takes to ask for it again."""
+    import attrs
+
     default = click.core.ParameterSource.DEFAULT
     given = {name for name in context.params if context.get_parameter_source(name) is not default}
-    rollout = Rollout(_config(task, given, **options))
-    result = _drive(rollout, quiet=quiet)
+    options = {name: value for name, value in context.params.items() if name not in ("task", "quiet", "as_json")}
+    config = _config(context.params["task"], given, **options)
+    return attrs.evolve(config, made_from=_made_from(context, given))
+
+
+def _made_from(context: click.Context, given: set[str]) -> dict[str, Any]:
+    """What was asked for, without values that may be secret: those have to be given again."""
+    from orchestrator.redact import secrets_of
+
+    argv: list[str] = []
+    variables = context.params["env"]
+    hidden = [one.partition("=")[0] for one in variables if "=" in one]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        elsewhere = name in ("quiet", "as_json", "out", "env")
+        if name not in given or elsewhere or not isinstance(parameter, click.Option):
+            continue
+        value = context.params[name]
+        for one in value if parameter.multiple else (value,):
+            if name == "upstream_url" and secrets_of({name: one}):
+                hidden.append("")
+                continue
+            argv += [parameter.opts[-1]] if parameter.is_flag else [parameter.opts[-1], str(one)]
+    return {
+        "task": context.params["task"],
+        "argv": argv,
+        "env": [one for one in variables if "=" not in one],
+        "not_written_down": hidden,
+        "cwd": str(Path.cwd()),
+    }
+
+
+def _outcome(result: RolloutResult, *, as_json: bool) -> int:
+    """Say what came of it; the exit code."""
     page = _draw(result)
     if as_json:
         _print_json(result.to_json())
@@ -437,11 +482,14 @@ def _upstream(model: str, url: str | None, apis: Sequence[str], key_env: str | N
     return lambda named: Upstream(named or model or "default", url, spoken, key)
 
 
-def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
-    """Run it to where it ends, listening for ^C, with a view of it where somebody looks."""
+def _drive(begin: Callable[[], Awaitable[Rollout]], seen: Follower | None, *, quiet: bool) -> RolloutResult:
+    """Run it to where it ends, listening for ^C, with a view of it where somebody looks.
+
+    `seen` has read what is not to be logged any more.
+    """
     import anyio
 
-    async def listen() -> None:
+    async def listen(rollout: Rollout) -> None:
         times = 0
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
             async for number in received:
@@ -457,7 +505,7 @@ def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
                     where = f"in {rollout.state}{_at_most(rollout.state)}"
                     click.echo(f"rollout: {name}: it is being cancelled, {where}; kill -9 leaves it to reap", err=True)
 
-    async def view() -> None:
+    async def view(rollout: Rollout) -> None:
         folder = rollout.folder
         assert folder is not None
         if sys.stderr.isatty() and rollout.config.policy != "ask":  # questions need the terminal for themselves
@@ -465,13 +513,16 @@ def _drive(rollout: Rollout, *, quiet: bool) -> RolloutResult:
 
             await follow(folder, lambda _moved: None)
         else:
-            await _log(folder)
+            from orchestrator.watch import Follower
+
+            await _log(seen or Follower(folder))
 
     async def drive() -> RolloutResult:
+        rollout = await begin()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(listen)
+            tasks.start_soon(listen, rollout)
             if not quiet:
-                tasks.start_soon(view)
+                tasks.start_soon(view, rollout)
             async with _controlled(rollout):
                 result = await rollout.run()
             await rollout.detach()
@@ -494,13 +545,12 @@ async def _controlled(rollout: Rollout) -> AsyncIterator[None]:
         yield
 
 
-async def _log(folder: Path) -> None:
+async def _log(follower: Follower) -> None:
     """A line a transition, for logs."""
     import anyio
 
-    from orchestrator.watch import POLL_SEC, Follower
+    from orchestrator.watch import POLL_SEC
 
-    follower = Follower(folder)
     try:
         while not follower.closed:
             _log_new(follower)
@@ -509,7 +559,7 @@ async def _log(folder: Path) -> None:
         _log_new(follower)
 
 
-def _log_new(follower: Any) -> None:
+def _log_new(follower: Follower) -> None:
     for moved in follower.look():
         click.echo(f"{follower.rollout}  {moved['source']} -> {moved['dest']}  ({moved['event']})", err=True)
 
@@ -527,7 +577,7 @@ def _say_result(result: RolloutResult, page: Path | None) -> None:
         click.echo(f"diagram   {page}")
     click.echo(f"more      rollout show {result.folder}")
     if result.ending is None:
-        click.echo(f"go on     rollout resume {result.folder}")
+        click.echo(f"go on     rollout resume {result.folder}   (--ask-again asks a turn that was cut off once more)")
         click.echo(f"close it  rollout reap {result.folder}")
 
 
@@ -912,12 +962,87 @@ def pause(folder: Path, *, as_json: bool) -> int:
     return _asked(folder, "pause", as_json=as_json)
 
 
-@cli.command(short_help="Let a paused rollout go on.")
+@cli.command(epilog=EPILOG, short_help="Go on with a rollout that is paused, was stopped, or was killed.")
 @FOLDER
+@click.option("-e", "--env", multiple=True, metavar="K=V", help="What was given so and not written down, once more.")
+@click.option("--upstream-url", metavar="URL", help="Where the model is served now.")
+@click.option("--ask-again", is_flag=True, help="Ask a turn that was cut off once more: by itself it counts as taken.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing until it is over.")
 @json_option
-def resume(folder: Path, *, as_json: bool) -> int:
-    """Let the rollout of FOLDER go on, which `rollout pause` holds."""
-    return _asked(folder, "resume", as_json=as_json)
+def resume(
+    folder: Path, *, env: tuple[str, ...], upstream_url: str | None, ask_again: bool, quiet: bool, as_json: bool
+) -> int:
+    """Let the rollout of FOLDER go on: in the process that holds it paused, or else in this one.
+
+    One that was stopped (^C) or whose process was killed is taken over from its journal: same plan, same sandbox, same
+    folder, with what was asked for when it began. Values of --env were not written down; give them again. A turn that
+    was cut off counts as taken, unless it is asked again. Agents begin a new session: their files are there, what they
+    remembered is not.
+    """
+    from orchestrator import control
+
+    folder = folder.resolve()
+    if control.is_driven(folder):
+        return _asked(folder, "resume", as_json=as_json)
+    from orchestrator.recovery import resume as go_on
+    from orchestrator.watch import Follower
+
+    seen = Follower(folder)
+    seen.look()
+    made = _made(folder)
+    with _standing_in(made["cwd"]):
+        config = _asked_again(folder, made, env, upstream_url)
+
+        async def begin() -> Rollout:
+            return await go_on(folder, config, ask_again=ask_again)
+
+        try:
+            result = _drive(begin, seen, quiet=quiet)
+        except KeyboardInterrupt:
+            click.echo(f"rollout: stopped before it went on; rollout resume {folder}", err=True)
+            return ENDINGS[None]
+    return _outcome(result, as_json=as_json)
+
+
+def _made(folder: Path) -> dict[str, Any]:
+    """What `_made_from` wrote of the rollout in `folder`."""
+    from orchestrator.show import story_of
+
+    made: dict[str, Any] = story_of(folder).about.get("made_from") or {}
+    if "argv" not in made:
+        raise ConfigError(
+            f"rollout {folder.name} was not begun by `rollout run`: the program that began it goes on with it, by "
+            "orchestrator.recovery.resume"
+        )
+    return made
+
+
+@contextlib.contextmanager
+def _standing_in(folder: str) -> Iterator[None]:
+    """The paths of a rollout are relative to where it was begun."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(contextlib.chdir(folder))
+        except OSError as error:
+            raise ConfigError(f"{folder}, where it was begun, is not there: {error.strerror}") from error
+        yield
+
+
+def _asked_again(
+    folder: Path, made: Mapping[str, Any], env: tuple[str, ...], upstream_url: str | None
+) -> RolloutConfig:
+    """The config with which the rollout of `folder` began. Raises `ConfigError` for what is missing."""
+    hidden = {name or "--upstream-url" for name in made["not_written_down"]}
+    given = {one.partition("=")[0] for one in env} | ({"--upstream-url"} if upstream_url else set())
+    missing = sorted(hidden - given)
+    if missing:
+        how = " ".join(name if name.startswith("--") else f"--env {name}=VALUE" for name in missing)
+        raise ConfigError(f"rollout {folder.name} was given what is never written down; give it again: {how}")
+    variables = [*(name for name in made["env"] if name not in given), *env]
+    again = [word for one in variables for word in ("--env", one)]
+    again += ["--upstream-url", upstream_url] if upstream_url else []
+    task = ["--", made["task"]] if made["task"] is not None else []
+    return _configured(run.make_context("run", [*made["argv"], *again, *task]))
 
 
 def _asked(folder: Path, what: Any, *, as_json: bool) -> int:

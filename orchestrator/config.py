@@ -189,6 +189,8 @@ class RolloutConfig:
         journal: where journal lines go instead of `journal.jsonl`.
         registry: the agents that can be named.
         max_connects, max_verifies: how often an agent is connected without a turn taken, and a verifier run.
+        made_from: what this config was made from, in JSON's values, for whoever makes it again when the rollout is
+            resumed (`orchestrator.recovery.resume`); kept in `config.json` and the journal's first line.
         clock, monotonic, new_id: wall-clock seconds, seconds for limits, and ids; a test brings its own.
 
     Raises:
@@ -231,6 +233,7 @@ class RolloutConfig:
     registry: Registry = attrs.field(factory=default_registry)
     max_connects: int = 2
     max_verifies: int = 2
+    made_from: Mapping[str, Any] = attrs.field(factory=dict)
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = anyio.current_time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex[:12]

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,8 @@ class ModelAccess:
     _sink: Callable[[dict[str, Any]], None]
     _limits: Limits = Limits()
     leases: Leases | None = None
+    before: Callable[[], Iterable[dict[str, Any]]] = tuple
+    """The lines of `llm.jsonl` that an earlier process had written."""
     _own: list[Any] = attrs.field(factory=list, init=False)
     _relays: list[Any] = attrs.field(factory=list, init=False)
     _folder: list[Path] = attrs.field(factory=list, init=False)
@@ -215,7 +217,9 @@ class ModelAccess:
             self._own.append(gateway)
             await gateway.start()
         upstream = next(member.upstream for member in cast if member.upstream is not None)
-        self._meters.append(self.gateway.open(self._rollout, upstream=upstream, sink=self._sink, limits=self._limits))
+        meter = self.gateway.open(self._rollout, upstream=upstream, sink=self._sink, limits=self._limits)
+        meter.restored(self.before())
+        self._meters.append(meter)
 
     @property
     def gateway(self) -> Any:

@@ -11,7 +11,9 @@ from orchestrator.config import Turn
 from states.events import Next
 from states.machine import Facts
 
-_WENT_ON = frozenset({"", "end_turn", "max_tokens", "max_turn_requests", "refusal", "cancelled", "interrupted"})
+_WENT_ON = frozenset(
+    {"", "end_turn", "max_tokens", "max_turn_requests", "refusal", "cancelled", "interrupted", "killed"}
+)
 """Words for the last turn's end after which the next turn of a fixed list is taken."""
 
 
@@ -28,12 +30,13 @@ class FixedPlan:
     instruction: str
 
     async def next(self, facts: Facts) -> Next:
-        """The next turn of the list, by how many were taken."""
-        if facts.prompted >= len(self.turns):
+        """The next turn of the list, by how many of it were taken."""
+        taken = facts.prompted - facts.repeated
+        if taken >= len(self.turns):
             return Next("done", why="every turn was taken")
         if not went_on(facts.ended_by):
             return Next("done", why=f"the last turn ended by {facts.ended_by}")
-        turn = self.turns[facts.prompted]
+        turn = self.turns[taken]
         text = self.instruction if turn.prompt is None else turn.prompt
         return Next("turn", turn.role, text, budgets=turn.budgets.given())
 

@@ -1,17 +1,21 @@
-"""After `kill -9`: a rollout is taken over from its journal alone, captured, given back and closed.
+"""After a stop, or `kill -9`: a rollout is taken over from its journal, to go on with it or to close it.
 
-A new process folds the journal, fires `Recovered`, and drives the same kernel over a world that can only give back.
-What the dead process had sealed stays sealed, an open turn gets its one capture from what is on disk, a reward that
-was given stands, and every lease is returned by the reaper of its kind.
+Whoever takes it over becomes the one writer of its journal, folds that, and fires `Recovered`. What the dead process
+had sealed stays sealed, an open turn gets its one capture from what is on disk, and a reward that was given stands.
+
+`resume` drives the same kernel on over a world like the one that is gone, made from the same config and attached to the
+same sandbox. `reap` needs the journal alone: its world can only give back, every lease by the reaper of its kind.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import anyio
 import attrs
 import msgspec
 
@@ -26,13 +30,13 @@ from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes import reaper
 from orchestrator.telemetry import Telemetry
-from orchestrator.world import owner, started_at, write_result
+from orchestrator.world import Inherited, LiveWorld, build_world, owner, started_at, write_result
 from states.counting import total
 from states.deadlines import DEADLINES, Deadline
-from states.errors import ConfigError
-from states.events import Cancelled, Event, Failure, Recovered, SandboxFailed, Share, Usage
+from states.errors import ConfigError, QuietError, SandboxError
+from states.events import Cancelled, Event, Failure, Next, Prompted, Recovered, SandboxFailed, Share, Usage
 from states.journal import Folded, Header, Record, Transition, fold
-from states.machine import Facts, Position
+from states.machine import CAPTURING, Facts, Position
 from states.ports import Lease, Stage
 
 
@@ -58,28 +62,93 @@ async def reap(folder: Path) -> RolloutResult:
     why: Event = SandboxFailed(Failure("harness", "Killed", f"its orchestrator died in {folded.position.state}"))
     if folded.stopped:
         why = Cancelled("operator", f"it was stopped by {folded.stopped}, and not resumed")
-    return await Rollout.taken_over(world, folded.position, _NOTHING_MORE, taken.recovered(), why).run()
+    return await Rollout.taken_over(world, folded.position, _NOTHING_MORE, recovered_by_us(taken), why).run()
 
 
 _NOTHING_MORE = RolloutConfig(agent="", prompt="", out=None, registry=Registry())
 """A rollout that was taken over asks for nothing: its world only gives back."""
 
 
-@attrs.frozen
-class Taken:
-    """A rollout that nobody drives, its journal ours to write."""
+async def resume(folder: Path, config: RolloutConfig, *, ask_again: bool = False) -> Rollout:
+    """Go on with a rollout that was stopped, or whose process was killed: same plan, folder, sandbox and journal.
 
-    folder: Path
-    sink: JournalSink
-    records: list[Record]
-    folded: Folded
+    `config` is the one that it began with, made again; secrets and where models are served may be others. Who drives it
+    now is in the journal as `Recovered`, turns, usage and budgets go on, and the open turn gets its one capture. A
+    director sees the whole story, so one that decides by that alone goes on too; what it kept for itself is gone, as is
+    the agents' conversation: a new session finds their files, not their memory. A sandbox that cannot be had again
+    ends the rollout as failed by the sandbox.
 
-    def recovered(self) -> Recovered:
-        """The event of taking it over."""
-        return Recovered(2 + sum(isinstance(record.event, Recovered) for record in moves(self.records)), owner())
+    A turn that was cut off counts as taken. With `ask_again` it is asked once more first.
+
+    Returns the rollout, which is now this process's to run, or to `detach`.
+
+    Raises:
+        ConfigError: somebody drives it, it is over, or it began with other inputs; says which.
+        JournalError: its journal cannot be read or written.
+
+    >>> rollout = await resume(Path("runs/1b2c3d"), config)  # doctest: +SKIP
+    >>> (await rollout.run()).state                          # doctest: +SKIP
+    'closed/rewarded'
+    """
+    taken = take(folder)
+    try:
+        _refuse_what_is_over(taken)
+        world = build_world(config, taken.header.rollout, taken)
+        cut = cut_off(taken)
+        recovered = recovered_by_us(taken, cut if ask_again else None)
+        rollout = Rollout.taken_over(world, taken.folded.position, config, recovered)
+        if cut is not None and not ask_again:
+            world.note(f"the turn of {cut.role} that was cut off counts as taken: it is not asked again")
+    except BaseException:
+        taken.sink.close()
+        raise
+    try:
+        if rollout.state != "provisioning":  # that brings everything up by itself
+            await _attach(world, rollout)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await rollout.detach()
+        raise
+    return rollout
 
 
-def take(folder: Path) -> Taken:
+def _refuse_what_is_over(taken: Inherited) -> None:
+    if taken.folded.position.closed:
+        held = (
+            f"; it still holds something, which `rollout reap {taken.folder}` gives back" if taken.folded.leases else ""
+        )
+        raise ConfigError(f"rollout {taken.header.rollout} is over: {taken.folded.position.state}{held}")
+
+
+async def _attach(world: LiveWorld, rollout: Rollout) -> None:
+    try:
+        with anyio.fail_after(DEADLINES["provisioning"]):
+            await world.attach()
+    except (SandboxError, QuietError) as error:
+        rollout.sandbox_failed(str(error))
+    except TimeoutError:
+        rollout.sandbox_failed(f"the sandbox was not to be had again within {DEADLINES['provisioning']:g} s")
+
+
+def cut_off(taken: Inherited) -> Next | None:
+    """The turn that was in flight when the rollout was stopped or killed, if it ended by nothing else."""
+    position = taken.folded.position
+    by = position.facts.ended_by
+    open_turn = position.state in ("executing", "cancelling", *CAPTURING)
+    cut = (open_turn and not by) or by == "killed" or (by == "interrupted" and taken.folded.stopped)
+    if not cut or position.state in ("verifying", "releasing") or position.facts.ending is not None:
+        return None
+    prompts = [move.event for move in moves(taken.records) if isinstance(move.event, Prompted)]
+    return Next("turn", prompts[-1].role, prompts[-1].text, budgets=prompts[-1].budgets) if prompts else None
+
+
+def recovered_by_us(taken: Inherited, again: Next | None = None) -> Recovered:
+    """The event of taking it over."""
+    before = sum(isinstance(move.event, Recovered) for move in moves(taken.records))
+    return Recovered(before + 2, owner(), again)
+
+
+def take(folder: Path) -> Inherited:
     """Become the one who writes the journal in `folder`.
 
     Raises `ConfigError` when somebody else does or did elsewhere, `JournalError` when it cannot be read or written.
@@ -96,7 +165,9 @@ def take(folder: Path) -> Taken:
         raise ConfigError(f"rollout {rollout} {alive}: `rollout cancel {folder}` ends it")
     try:
         records = read_journal(folder)  # once more: until now somebody else may have written it
-        return Taken(folder, sink, records, fold(records))
+        folded = fold(records)
+        calls = LoggedMeter(folder / "llm.jsonl").calls
+        return Inherited(folder.resolve(), sink, records, folded, calls, functools.partial(_give_back, folded.header))
     except BaseException:
         sink.close()
         raise
@@ -135,6 +206,10 @@ class LoggedMeter:
     role: str = ""
     turn: int = 0
 
+    def calls(self) -> Iterator[dict[str, Any]]:
+        """Its lines; none when there is no such file."""
+        return map(msgspec.json.decode, read_lines(self.file) if self.file.exists() else ())
+
     def usage(self) -> Usage:
         """The sum of the calls in `llm.jsonl`; nothing when there is no such file."""
         return total(self.shares())
@@ -142,7 +217,7 @@ class LoggedMeter:
     def shares(self) -> tuple[Share, ...]:
         """The same by role and turn."""
         used: dict[tuple[str, int], Usage] = {}
-        for line in map(msgspec.json.decode, read_lines(self.file) if self.file.exists() else ()):
+        for line in self.calls():
             key = line.get("role", self.role), line.get("turn", self.turn)
             used[key] = used.get(key, Usage()) + used_by(line)
         return tuple(Share(role, turn, usage) for (role, turn), usage in used.items())
@@ -175,14 +250,13 @@ class ReaperWorld:
     leaving: bool = False
 
     @classmethod
-    def over(cls, taken: Taken) -> ReaperWorld:
+    def over(cls, taken: Inherited) -> ReaperWorld:
         """The world of a rollout that was taken."""
         folder, folded, header = taken.folder, taken.folded, taken.folded.header
         clock = RolloutConfig(agent="", prompt="", registry=Registry()).clock
         journal = JournalWriter(taken.sink, clock, header, taken.records)
-        ways = {
-            kind: _way(kind, header) for kind in ("sandbox", "agent", "director", "gateway-key", "process", "tests")
-        }
+        kinds = ("sandbox", "agent", "director", "gateway-key", "process", "tests")
+        ways = dict.fromkeys(kinds, taken.reap)
         return cls(
             header.rollout,
             folder,
@@ -237,17 +311,15 @@ class ReaperWorld:
         self.journal.close()
 
 
-def _way(kind: str, header: Header) -> Callable[[Lease], Awaitable[tuple[str, ...]]]:
-    async def give_back(lease: Lease) -> tuple[str, ...]:
-        if kind == "gateway-key":
-            remove_socket(lease.handle)
-        if kind != "sandbox":
-            return (f"the process that held {kind} {lease.name} is dead",)
-        handle = lease.handle or _intended(lease, header)
-        await reaper(handle.get("kind", ""))(handle)
-        return (f"sandbox {lease.name} was reaped",)
-
-    return give_back
+async def _give_back(header: Header, lease: Lease) -> tuple[str, ...]:
+    """Give back what a dead process held."""
+    if lease.kind == "gateway-key":
+        remove_socket(lease.handle)
+    if lease.kind != "sandbox":
+        return (f"the process that held {lease.kind} {lease.name} is dead",)
+    handle = lease.handle or _intended(lease, header)
+    await reaper(handle.get("kind", ""))(handle)
+    return (f"sandbox {lease.name} was reaped",)
 
 
 def _intended(lease: Lease, header: Header) -> Mapping[str, Any]:

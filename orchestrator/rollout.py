@@ -373,10 +373,10 @@ class Rollout:
     def pause(self, by: str = "operator") -> bool:
         """Hold the plan before its next turn; the turn in flight is taken to its end.
 
-        Returns whether that changes anything: not where somebody holds it already, nor where no turn can follow.
+        Returns whether that changes anything: not where somebody holds it already, nor where no turn can follow, here.
         """
         over = self.closed or self.facts.ending is not None or self.state in ("verifying", "releasing")
-        if over or self.held is not None:
+        if over or self._world.leaving or self.held is not None:
             return False
         self._world.pause(by)
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import math
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 import attrs
+import msgspec
 
 from orchestrator import metering
 from orchestrator._tasks import first_of
@@ -31,7 +33,7 @@ from orchestrator.config import DirectorRole, RolloutConfig, Scene
 from orchestrator.directing import AgentDirector, HeardSegment, Outside, check_agent_of
 from orchestrator.directors import DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
-from orchestrator.leases import JournaledLeases
+from orchestrator.leases import GiveBack, JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
 from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
@@ -43,10 +45,11 @@ from orchestrator.telemetry import Telemetry
 from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
-from states.events import BudgetSpent, IdlePassed, Next, Share
-from states.journal import Folded, Header, LeaseRecord, Stopped
-from states.machine import Facts, Position, Rules
+from states.events import BudgetSpent, IdlePassed, Next, Recovered, Share
+from states.journal import Folded, Header, LeaseRecord, Record, Stopped, Transition
+from states.machine import INITIAL, Facts, Position, Rules
 from states.ports import (
+    Attachable,
     Connection,
     Keepable,
     Lease,
@@ -103,6 +106,36 @@ class Bell:
         return found
 
 
+@attrs.frozen
+class Inherited:
+    """What a rollout goes on from that another process began: its folder, its journal so far, now ours to write.
+
+    `calls` reads what it had written of its model calls; `reap` gives back a lease of a process that is dead.
+    """
+
+    folder: Path
+    sink: JournalSink
+    records: list[Record]
+    folded: Folded
+    calls: Callable[[], Iterable[dict[str, Any]]]
+    reap: Callable[[Lease], Awaitable[tuple[str, ...]]]
+
+    @property
+    def header(self) -> Header:
+        """Whose journal it is, and what it was made from."""
+        return self.folded.header
+
+    def driven_sec(self) -> float:
+        """Seconds for which it was driven by now: without its pauses, and without the time when nobody drove it."""
+        spent, since, state = 0.0, self.header.time, INITIAL
+        for record in self.records[1:]:
+            assert not isinstance(record, Header), "a journal has one header"
+            if state != "paused" and not (isinstance(record, Transition) and isinstance(record.event, Recovered)):
+                spent += record.time - since
+            since, state = record.time, record.dest if isinstance(record, Transition) else state
+        return spent
+
+
 @attrs.define(eq=False)
 class LiveWorld:
     """`states.ports.World` for one rollout. Made by `build_world`."""
@@ -126,11 +159,18 @@ class LiveWorld:
     _hold: Hold
     _bell: Bell
     telemetry: Telemetry
+    _inherited: Inherited | None = None
+    _left: dict[tuple[str, str], Lease] = attrs.field(factory=dict, init=False)
+    """Leases of a dead process that are not ours yet."""
+    _evidence: list[str] = attrs.field(factory=list, init=False)
+    """How it is known that nothing which a dead process started is alive."""
     _places: dict[str, Place] = attrs.field(factory=dict, init=False)
     _sandboxes: list[Sandbox] = attrs.field(factory=list, init=False)
     _verifiers: list[Verifier] = attrs.field(factory=list, init=False)
     _handles: dict[str, SandboxHandle] = attrs.field(factory=dict, init=False)
     _began: list[float] = attrs.field(factory=list, init=False)
+    _spent: list[float] = attrs.field(factory=list, init=False)
+    """Seconds that an earlier process had driven it."""
     _stops: list[str] = attrs.field(factory=list, init=False)
     on_loss: list[Callable[[str], None]] = attrs.field(factory=list, init=False)
     """Who is told when the sandbox goes away by itself."""
@@ -147,7 +187,20 @@ class LiveWorld:
             "process": self._close_models,
             "tests": self._remove_tests,
         }
-        self.leases = self.models.leases = JournaledLeases(self.journal.write, ways)
+        if self._inherited is not None:
+            self._left.update(self._inherited.folded.leases)
+            self.models.before = self._inherited.calls
+            self._spent.append(self._inherited.driven_sec())
+        ways = {kind: functools.partial(self._give_back, way) for kind, way in ways.items()}
+        self.leases = self.models.leases = JournaledLeases(self.journal.write, ways, dict(self._left))
+
+    async def _give_back(self, way: GiveBack, lease: Lease) -> tuple[str, ...]:
+        """By our own way; what a dead process took, and we have not, by its reaper's."""
+        if self._inherited is None or (lease.kind, lease.name) not in self._left:
+            return await way(lease)
+        evidence = await self._inherited.reap(lease)
+        del self._left[lease.kind, lease.name]
+        return evidence
 
     # --- time and the operator ---
 
@@ -159,7 +212,7 @@ class LiveWorld:
         now = self.config.monotonic()
         if not self._began:
             self._began.append(now)
-        return max(0.0, limit - (now - self._began[0] - self._hold.paused_sec))
+        return max(0.0, limit - sum(self._spent) - (now - self._began[0] - self._hold.paused_sec))
 
     def deadline(self, state: str, stage: Stage, facts: Facts) -> Deadline:
         """How long `state` may take from now, and whose limit that is."""
@@ -233,6 +286,24 @@ class LiveWorld:
             self.leases.intend("gateway-key", self.id)
             await self.models.open(tuple(self.cast.values()))
 
+    async def attach(self) -> None:
+        """For a rollout that was taken over beyond `provisioning`: what that had brought up, once more.
+
+        The gateway is a new one; the sandbox is the old one, with nothing alive in it. Raises `SandboxError` when it
+        cannot be had again, `QuietError` when something in it cannot be ended.
+        """
+        for lease in self.leases.open():
+            if lease.kind in ("gateway-key", "process", "director"):
+                await self.leases.give_back(lease)
+        await self.prepare()
+        for lease in self.leases.open("sandbox"):
+            if not isinstance(self.sandbox, Attachable):
+                kind = type(self.sandbox).__qualname__
+                raise SandboxError(f"sandbox {lease.name} cannot be had again: a {kind} has no attach")
+            self._evidence += await self.sandbox.attach(lease.handle)
+        self._left.clear()
+        await self._bring_gateway()
+
     @property
     def sandbox(self) -> Sandbox:
         """Where it runs; made when first asked for, which is after `prepare`."""
@@ -272,9 +343,7 @@ class LiveWorld:
 
     async def install(self) -> None:
         """Bring the gateway within reach, and the task's files in; what is missing without a build is a note."""
-        callers = [member for member in self.cast.values() if member.agent.calls_model]
-        if self.tracking.tracked and any(member.agent.calls_from == "sandbox" for member in callers):
-            await self.models.reach_from(self.sandbox, self.note)
+        await self._bring_gateway()
         if self.task is None:
             return
         from orchestrator.tasks.environment import install
@@ -286,6 +355,11 @@ class LiveWorld:
                 self.note(text)
         if self.task.network == "public" and self.config.network not in ("host", "bridge"):
             self.note(f"the task asks for a public network; the sandbox has {self.config.network}")
+
+    async def _bring_gateway(self) -> None:
+        callers = [member for member in self.cast.values() if member.agent.calls_model]
+        if self.tracking.tracked and any(member.agent.calls_from == "sandbox" for member in callers):
+            await self.models.reach_from(self.sandbox, self.note)
 
     # --- agents ---
 
@@ -454,7 +528,7 @@ class LiveWorld:
 
     async def collect(self) -> None:
         """Bring the agents' logs home."""
-        if self.folder is None or not self._handles:
+        if self.folder is None or not (self._handles or self._evidence):
             return
         try:
             await self.sandbox.download("/logs/agent", self.folder / "agent")
@@ -516,7 +590,7 @@ class LiveWorld:
 
     async def _end_agent(self, lease: Lease) -> tuple[str, ...]:
         handle = self._handles.get(lease.name)
-        return await handle.end() if handle else ("no such handle in this process",)
+        return await handle.end() if handle else tuple(self._evidence) or ("no such handle in this process",)
 
     async def _close_models(self, _lease: Lease) -> tuple[str, ...]:
         await self.models.close()
@@ -572,10 +646,11 @@ async def _installed(member: Cast) -> Place:
         ) from error
 
 
-def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
-    """Check the config, resolve what it names, and open the rollout's folder and journal.
+def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None = None) -> LiveWorld:
+    """Check the config, resolve what it names, and open the rollout's folder and journal: new ones, or inherited ones.
 
-    Raises `ConfigError` (a `TaskError` for a malformed task) before anything exists but the folder.
+    Raises `ConfigError` (a `TaskError` for a malformed task) before anything exists but the folder; also when what is
+    inherited was made from other inputs.
     """
     check_sandbox(config.sandbox, config.sandbox_options)
     task = _task(config)
@@ -596,7 +671,12 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     redactor = Redactor()
     redactor.add(*(s for member in cast.values() for s in secrets_of(member.env)))
     redactor.add(*(m.upstream.api_key for m in cast.values() if m.upstream is not None and m.upstream.api_key))
-    folder = _folder(config, rollout)
+    about = _about(config, task, cast, tracking, limits)
+    header = Header(rollout, rules, config.clock(), info=about)
+    if inherited is not None:
+        _check_same(inherited.header, header)
+        header = inherited.header
+    folder = _folder(config, rollout) if inherited is None else inherited.folder
 
     def sink(name: str) -> Sink:
         return RedactingSink(FileSink(folder / name) if folder else MemorySink(), redactor)
@@ -605,8 +685,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
     trajectory = RedactingSink(steps, redactor)
 
     lines = config.journal or (JournalSink(folder / "journal.jsonl") if folder else MemorySink())
-    journal = RedactingSink(lines, redactor)
-    header = Header(rollout, rules, config.clock(), info=_about(config, task, cast, tracking, limits))
+    journal = RedactingSink(lines if inherited is None else inherited.sink, redactor)
     llm, bell, hold = sink("llm.jsonl"), Bell(), Hold(config.monotonic)
     told = sink(DIRECTOR) if led is not None else MemorySink()
 
@@ -615,10 +694,10 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         bell.ring()
         telemetry.called(line)
 
-    if folder:
+    if folder and inherited is None:
         (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
     instruction = config.prompt if config.prompt is not None else task.instruction if task is not None else ""
-    writer = JournalWriter(journal, config.clock, header)
+    writer = JournalWriter(journal, config.clock, header, [] if inherited is None else inherited.records)
     telemetry = Telemetry(header, redactor.text, writer.note)
     tell = Teller(instruction, writer, steps, limits)
     questions = Questions(config.policy, terminal=config.terminal)
@@ -643,6 +722,7 @@ def build_world(config: RolloutConfig, rollout: str) -> LiveWorld:
         hold,
         bell,
         telemetry,
+        inherited,
     )
     if led is not None:
         world.led_by(led, scene, tell)
@@ -753,13 +833,53 @@ def _folder(config: RolloutConfig, rollout: str) -> Path | None:
 def _about(
     config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking: Metering, limits: Limits
 ) -> dict[str, Any]:
-    """What `config.json` and the journal's header say of the config: inputs only, no secrets by construction."""
+    """What `config.json` and the journal's header say of the config: no secrets, by construction.
+
+    `identity` is the hash of the inputs alone: a rollout goes on with the same ones, or not at all. Where models are
+    served, what the variables' values are and who asks for it may change.
+    """
+    inputs = _inputs(config, task, cast, limits)
+    return {
+        **inputs,
+        "identity": hashlib.sha256(encode_any(inputs)).hexdigest(),
+        "tracked": tracking.tracked,
+        "made_from": dict(config.made_from),
+        "owner": owner(),
+        "scratch": tempfile.gettempdir(),
+    }
+
+
+def _check_same(was: Header, now: Header) -> None:
+    """Raise `ConfigError` when a rollout is to go on with other inputs than it began with; says which."""
+    differs = [name for name in _rules_of(now) if _rules_of(was)[name] != _rules_of(now)[name]]
+    if was.info.get("identity") != now.info["identity"]:
+        given: dict[str, Any] = msgspec.json.decode(encode_any(now.info))
+        differs += [key for key in given if key not in _NO_INPUT and was.info.get(key) != given[key]] or ["identity"]
+    if differs:
+        said = ", ".join(f"{key} (was {_brief(was.info.get(key))}, is {_brief(now.info.get(key))})" for key in differs)
+        raise ConfigError(f"rollout {was.rollout} was begun with other inputs, and cannot go on with these: {said}")
+
+
+_NO_INPUT = frozenset({"identity", "tracked", "made_from", "owner", "scratch"})
+
+
+def _rules_of(header: Header) -> dict[str, Any]:
+    return attrs.asdict(header.rules)
+
+
+def _brief(value: Any) -> str:
+    text = encode_any(value).decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _inputs(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], limits: Limits) -> dict[str, Any]:
     return {
         "task": task.name if task is not None else None,
         "task_digest": task.digest if task is not None else None,
         "roles": {
             member.name: {
                 "agent": member.agent.name,
+                "agent_digest": hashlib.sha256(encode_any(attrs.asdict(member.agent))).hexdigest()[:16],
                 "protocol": member.agent.protocol,
                 "model": member.model,
                 "env": sorted(member.env),
@@ -781,9 +901,9 @@ def _about(
         "sandbox_options": dict(config.sandbox_options),
         "usage_tracking": config.usage_tracking,
         "gateway_reach": config.gateway_reach,
-        "tracked": tracking.tracked,
         "deadlines": dict(config.deadlines),
         "policy": config.policy,
-        "owner": owner(),
-        "scratch": tempfile.gettempdir(),
+        "prompt": config.prompt,
+        "verifier": config.verifier if config.verifier in ("task", None) else type(config.verifier).__qualname__,
+        "max_checks": config.max_checks,
     }

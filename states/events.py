@@ -416,10 +416,14 @@ class Cancelled(Event):
 
 @attrs.frozen
 class Recovered(Event):
-    """A new process, `owner`, took the rollout over from its journal: host, pid, and when that process started."""
+    """A new process, `owner`, took the rollout over from its journal: host, pid, and when that process started.
+
+    `again` is a turn that the dead one cut off, and that is to be asked once more; None: it counts as taken.
+    """
 
     incarnation: int
     owner: Mapping[str, Any] = attrs.field(factory=dict)
+    again: Next | None = None
 
 
 @attrs.frozen

@@ -86,6 +86,7 @@ class Facts:
     verifies: int = 0
     assigned: int = 0
     prompted: int = 0
+    repeated: int = 0
     steps: int = 0
     tool_calls: int = 0
     usage: Usage = Usage()
@@ -322,8 +323,10 @@ def _decided(kind: Literal["done", "check"]) -> Callable[[Facts, Any, Row, Rules
     return kept
 
 
-def _gone(facts: Facts, _event: Any, _row: Row, _rules: Rules) -> dict[str, Any]:
-    return {} if facts.link == "none" else {"link": "gone"}
+def _taken_over(facts: Facts, event: Any, _row: Row, _rules: Rules) -> dict[str, Any]:
+    """No session outlives its process; a turn that is asked again comes before whatever was decided after it."""
+    gone = {} if facts.link == "none" else {"link": "gone"}
+    return gone if event.again is None else {**gone, "next": event.again, "repeated": facts.repeated + 1}
 
 
 def _counted(facts: Facts, event: Any, *more: Share) -> dict[str, Any]:
@@ -380,7 +383,7 @@ _CHANGES: Mapping[type[Event], Callable[[Facts, Any, Row, Rules], dict[str, Any]
         ev.Paused: lambda facts, event, *_: {"next": event.next or facts.next},
         ev.Lost: lambda *_: {"link": "gone"},
         ev.Unresponsive: lambda *_: {"link": "gone"},
-        ev.Recovered: _gone,
+        ev.Recovered: _taken_over,
         ev.Captured: _captured,
         ev.Quiet: lambda facts, event, *_: {"link": "none", **_counted(facts, event)},
         ev.Released: lambda facts, event, *_: _counted(facts, event),

@@ -227,6 +227,18 @@ class Keepable(Protocol):
         """End all that runs in it and let its files be. This process holds nothing of it then. Idempotent."""
 
 
+@runtime_checkable
+class Attachable(Protocol):
+    """A sandbox that outlives its orchestrator: what one may have beside `Sandbox`, so that rollouts can be resumed."""
+
+    async def attach(self, handle: Mapping[str, Any]) -> tuple[str, ...]:
+        """Instead of `start`: take over the sandbox for which a dead orchestrator's `start` returned `handle`.
+
+        Its files are as they were. Whatever was started through any handle is ended first, and the proof of that is
+        returned, as sentences. Raises `SandboxError` when it is gone, `QuietError` when something cannot be ended.
+        """
+
+
 # --- agents --------------------------------------------------------------------------------------------------
 
 

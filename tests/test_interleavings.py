@@ -1,4 +1,4 @@
-"""Seeded interleavings of cancel, interrupt, deadline, late events, a lost agent and swaps, on scripted byte streams.
+"""Seeded interleavings of cancel, interrupt, pause, deadline, late events, a lost agent and swaps, on byte streams.
 
 A seed makes one rollout: its transport, its roles and turns, what each agent does, when things come from outside, and
 (under trio) the order in which the loop runs what is ready. `ROLLOUT_SEED=N` plays that one seed again.
@@ -106,7 +106,7 @@ def plot(seed: int, unit: float) -> Plot:
         plan=_Always(turns),
         deadlines={state: seconds * unit for state, seconds in DEADLINES.items()},
     )
-    acts = ("cancel", "interrupt", "interrupt", "sandbox_failed", "pause")
+    acts = ("cancel", "interrupt", "interrupt", "sandbox_failed", "pause", "pause", "resume")
     outside = sorted((moment(dice, unit) * dice.choice((1, 1, 2)), dice.choice(acts)) for _ in range(dice.randrange(4)))
     return Plot(stand, outside)
 
@@ -123,12 +123,10 @@ async def play(plotted: Plot) -> None:
                 match act:
                     case "sandbox_failed":
                         rollout._post(ev.SandboxFailed(Failure("sandbox", "SandboxError", "the host is down")))
-                    case "pause":
-                        rollout.pause()
-                        await anyio.lowlevel.checkpoint()
-                        rollout.resume()
                     case _:
                         getattr(rollout, act)()
+            await anyio.lowlevel.checkpoint()
+            rollout.resume()  # whoever pauses goes on at last
 
         group.start_soon(meddle)
         await rollout.run()
@@ -279,6 +277,7 @@ def test_the_seeds_reach_what_they_are_for():
         "TurnFailed",
         "RoleSwapped",
         "Settled",
+        "Paused",
     }
     assert wanted - seen == set()
     assert {"SandboxFailed", "ConnectFailed"} <= seen

@@ -141,7 +141,14 @@ def test_a_fold_that_forgets_an_event_is_caught(event, monkeypatch):
 
 
 def test_the_fold_forgets_no_event_that_a_guard_depends_on():
-    assert set(m._CHANGES) - set(READ_BY_GUARDS) == {ev.RoleSwapped, ev.PlanDone, ev.CheckAsked, ev.Paused, ev.Verified}
+    assert set(m._CHANGES) - set(READ_BY_GUARDS) == {
+        ev.RoleSwapped,
+        ev.PlanDone,
+        ev.CheckAsked,
+        ev.Paused,
+        ev.Released,
+        ev.Verified,
+    }
 
 
 def mutants(edge: Edge) -> Iterator[tuple[str, Table]]:

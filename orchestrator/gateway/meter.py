@@ -24,7 +24,7 @@ from typing import Any
 import attrs
 
 from orchestrator.budgets import METERED, Budgets, Limit, Limits, limits_of
-from orchestrator.gateway.formats import LEAST_OUTPUT, Format
+from orchestrator.gateway.formats import FORMATS, LEAST_OUTPUT, Format
 from orchestrator.gateway.llm_log import Interner, redact
 from orchestrator.gateway.upstream import Upstream
 from states.errors import OrchestratorError
@@ -35,6 +35,9 @@ Sink = Callable[[JSON], None]
 
 LONGEST = 16_384
 """Tokens that a call may write which sets no limit, of a model of which no limit is known."""
+
+REFUSED = "refused"
+"""By what way a call went that was not made: none of it counts."""
 
 _AGENTS_OWN = frozenset({400, 413, 422})
 """A provider that answers this has not failed: the agent asked for something that cannot be."""
@@ -277,6 +280,19 @@ class RolloutMeter:
             wrapped.__cause__ = error
             self._sink_error = self._sink_error or wrapped
 
+    def restored(self, lines: Iterable[JSON]) -> None:
+        """Go on where an earlier process of the rollout stopped: by the lines of `llm.jsonl` that it had written."""
+        for line in lines:
+            grant = Grant(self, line["role"], self._upstream)
+            call = Call(grant, FORMATS[line["api"]], {}, line["call"], turn=line.get("turn", 0))
+            call.status, call.error, call.hung_up = line["status"], line["error"], line["hung_up"]
+            call.usage = Usage(**line["usage"]) if line["usage"] else None
+            self._number = call.number
+            if line["via"] != REFUSED:
+                account = grant.role, call.turn
+                self._used[account] = self._used.get(account, Usage()) + call.counted()
+                self._judge(call)
+
     def _judge(self, call: Call) -> None:
         """Remember who failed; a call that succeeds makes up for those before it."""
         if call.own_error:
@@ -303,7 +319,7 @@ class RolloutMeter:
             "latency_sec": round(time.perf_counter() - call.clock, 6),
             "first_byte_sec": call.first_byte_sec and round(call.first_byte_sec, 6),
             "api": call.format.api,
-            "via": "refused" if call.refused else call.via,
+            "via": REFUSED if call.refused else call.via,
             "model": said["request"].get("model"),
             "upstream_model": call.grant.upstream.model,
             "streamed": call.streamed,

@@ -330,7 +330,7 @@ class FakeSandbox:
         modes: Their permissions, where not 0o644.
         on_exec: Answers commands; may be async. None: every command succeeds and prints nothing.
         on_spawn: Plays a spawned process. None: nothing can be spawned.
-        faults: By operation (`start stop open exec spawn read_file write_file end upload download`): an error to
+        faults: By operation (`start attach stop open exec spawn read_file write_file end upload download`): an error to
             raise, or `HANG`. `{"end": QuietError("...")}` is an agent whose end cannot be proven.
         calls: Every command that was run, in order.
     """
@@ -355,6 +355,13 @@ class FakeSandbox:
             raise SandboxError(f"sandbox {self.name} was stopped; make a new one")
         self._phase = "up"
         return {"kind": "fake", "name": self.name}
+
+    async def attach(self, handle: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `states.ports.Attachable`: this object itself, if it is up. It dies with its process."""
+        await self._fault("attach")
+        if handle.get("name") != self.name or self._phase != "up":
+            raise SandboxError(f"fake sandbox {handle.get('name')} was gone with its process")
+        return tuple([sentence for each in self._handles for sentence in await each.end()])
 
     async def stop(self) -> None:
         """See `Sandbox.stop`."""

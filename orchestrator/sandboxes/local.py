@@ -36,8 +36,10 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -321,6 +323,36 @@ class LocalSandbox:
         about = {"kind": "local", "name": self.name, "root": str(self.root), "cwd": self.cwd}
         return {**about, "cgroups": groups}
 
+    async def attach(self, handle: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `states.ports.Attachable`. What was started in it died with its orchestrator, or is killed now."""
+        async with self._lock:
+            if self._phase != "new":
+                raise SandboxError(f"sandbox {self.name} was started already: it cannot be attached to another one")
+            root = Path(handle["root"])
+            if not (root / MARKER).is_file():
+                raise SandboxError(f"sandbox {self.name} is gone: there is no {root / MARKER}")
+            _bwrap.bwrap_path()
+            self.root = root
+            await _end_what_is_left(root, self.name)
+            evidence = await _in_thread(lambda: _unused(root, self.name))
+            await _in_thread(self._take_over)
+            self._phase = "up"
+        return (evidence,)
+
+    def _take_over(self) -> None:
+        """The folders are there; what is made by each process anew is made."""
+        self._owner = _bwrap.spare_uid(str(self.root))
+        owner = os.geteuid() if self._owner is None else self._owner
+        if (found := self._backing(self.cwd).stat().st_uid) != owner:
+            raise SandboxError(f"sandbox {self.name} was made for uid {found}; here it would be used as uid {owner}")
+        own = {self._backing(at).name for at in (*self._shared, *TRUSTED)}
+        self._shared += tuple(f"/{path.name}" for path in self._backing("/").iterdir() if path.name not in own)
+        self._limit()
+
+    def _limit(self) -> None:
+        self._cgroup = _limits.make_cgroup(_group_name(self.name, self.root), self.limits)
+        self._fallback = _limits.fallback(self.limits, self._cgroup, own_uid=self._owner is not None)
+
     async def _make(self) -> None:
         if _is_occupied(self.root):
             raise SandboxError(f"cannot start sandbox {self.name}: its root {self.root} exists and is not empty")
@@ -342,8 +374,7 @@ class LocalSandbox:
         self.root.chmod(0o700)  # an agent's set-uid file is nobody else's to run
         (self.root / MARKER).write_text(json.dumps({"kind": "local", "name": self.name}))
         self._make_folders([self._backing(at) for at in (*self._shared, *TRUSTED)])
-        self._cgroup = _limits.make_cgroup(_group_name(self.name, self.root), self.limits)
-        self._fallback = _limits.fallback(self.limits, self._cgroup, own_uid=self._owner is not None)
+        self._limit()
         etc = self.root / "etc"
         etc.mkdir()
         _bwrap.write_etc(etc, network=self.network)
@@ -501,6 +532,16 @@ async def reap(handle: Mapping[str, Any]) -> None:
         QuietError: a process of it could not be killed.
     """
     root = Path(handle["root"])
+    await _end_what_is_left(root, str(handle.get("name")))
+    if _is_foreign(root):
+        raise SandboxError(f"{root} is not a sandbox's folder: it has no {MARKER}; remove it yourself if it is one")
+    groups = _limits.find_cgroup(_group_name(handle["name"], root)).folders
+    groups = {**groups, **{path: Path(path) for path in handle.get("cgroups", ())}}
+    await _limits.Cgroup(groups).remove()
+    await _in_thread(lambda: remove(root))
+
+
+async def _end_what_is_left(root: Path, name: str) -> None:
     marker = f"rollout-sandbox:{root}"
     left: list[int] = []
     with anyio.move_on_after(END_SEC):
@@ -510,13 +551,45 @@ async def reap(handle: Mapping[str, Any]) -> None:
                     os.kill(pid, signal.SIGKILL)
             await anyio.sleep(0.01)
     if left:
-        raise QuietError(f"processes {left} of sandbox {handle.get('name')} are still there after SIGKILL")
-    if _is_foreign(root):
-        raise SandboxError(f"{root} is not a sandbox's folder: it has no {MARKER}; remove it yourself if it is one")
-    groups = _limits.find_cgroup(_group_name(handle["name"], root)).folders
-    groups = {**groups, **{path: Path(path) for path in handle.get("cgroups", ())}}
-    await _limits.Cgroup(groups).remove()
-    await _in_thread(lambda: remove(root))
+        raise QuietError(f"processes {left} of sandbox {name} are still there after SIGKILL")
+
+
+def _unused(root: Path, name: str) -> str:
+    """Prove that no process sees the sandbox's files: a kernel buries a namespace after its PID 1. Or `QuietError`."""
+    wanted = _as_mounted(root / "files")
+    deadline = time.monotonic() + END_SEC
+    while True:
+        looked_at = pids()
+        found = [pid for pid in looked_at if wanted in _mounts(pid)]
+        if not found:
+            return f"none of {len(looked_at)} processes on this machine has the files of sandbox {name} mounted"
+        if time.monotonic() > deadline:
+            raise QuietError(f"processes {found} still have the files of sandbox {name} mounted")
+        time.sleep(0.01)
+
+
+def _as_mounted(folder: Path) -> bytes:
+    """What stands in `mountinfo` of who has something below `folder` bound: its path within its file system."""
+    path = os.fsencode(os.path.realpath(folder)) + b"/"
+    at, above = b"", b""
+    for line in _mounts(os.getpid()).splitlines():
+        _, _, _, within, point, *_ = line.split()
+        point = _unescaped(point).rstrip(b"/") + b"/"
+        if path.startswith(point) and len(point) >= len(at):
+            at, above = point, _unescaped(within)
+    whole = above.rstrip(b"/") + b"/" + path[len(at) :]
+    return b"".join(b"\\%03o" % byte if byte in b" \t\n\\" else bytes([byte]) for byte in whole)
+
+
+def _unescaped(field: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
+
+
+def _mounts(pid: int) -> bytes:
+    try:
+        return Path("/proc", str(pid), "mountinfo").read_bytes()
+    except OSError:
+        return b""  # gone, or another user's, whom our folders are shut to
 
 
 def _marked(marker: str) -> list[int]:
