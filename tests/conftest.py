@@ -45,6 +45,18 @@ def docker_image():
     return get
 
 
+def allow_plain_http(monkeypatch):
+    """Let the SDK's S3 client, a real one, speak to a loopback without a certificate: it has no setting for that."""
+    from daytona._async import object_storage
+
+    real = object_storage.S3Store
+
+    def store(**settings):
+        return real(**{**settings, "client_options": {**settings["client_options"], "allow_http": True}})
+
+    monkeypatch.setattr(object_storage, "S3Store", store)
+
+
 @pytest.fixture(params=["loopback", pytest.param("live", marks=pytest.mark.daytona_live)])
 async def daytona_service(request, anyio_backend, tmp_path, monkeypatch):
     """A Daytona service: the one on loopback, and with `-m daytona_live` the one that the environment names."""
@@ -61,6 +73,7 @@ async def daytona_service(request, anyio_backend, tmp_path, monkeypatch):
     async with DaytonaServer(tmp_path / "service") as server:
         monkeypatch.setenv("DAYTONA_API_KEY", server.key)
         monkeypatch.setenv("DAYTONA_API_URL", server.url)
+        allow_plain_http(monkeypatch)
         yield Service(server)
 
 

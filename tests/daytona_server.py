@@ -289,10 +289,11 @@ class Box:
         if self.process is not None:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        if self.tasks:  # they see their processes die
+            _, left = await asyncio.wait(self.tasks, timeout=5)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 async def readable(sock):
@@ -331,6 +332,10 @@ async def write_fd(fd, data):
                 loop.remove_writer(fd)
 
 
+def xml(text):
+    return web.Response(text=f'<?xml version="1.0"?>{text}', content_type="application/xml")
+
+
 def pipe(ours):
     read, write = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(read if ours == "read" else write, False)
@@ -347,6 +352,10 @@ class DaytonaServer:
     folder: Path
     key: str = "dtn_test_key"
     images: set = attrs.field(factory=lambda: set(IMAGES))
+    services: list = attrs.Factory(list)
+    """Shell commands that a sandbox runs from its start on, as an image's entrypoint does."""
+    commands: list = attrs.Factory(list)
+    """Every command line that came, to be executed or typed."""
     snapshots: set = attrs.field(factory=lambda: {"prepared"})
     boxes: dict = attrs.Factory(dict)
     faults: list = attrs.Factory(list)
@@ -354,6 +363,8 @@ class DaytonaServer:
     created: list = attrs.Factory(list)
     """The bodies with which sandboxes were created."""
     stored: dict = attrs.Factory(dict)
+    parts: dict = attrs.Factory(dict)
+    removals: list = attrs.Factory(list)
     page: int = 100
     url: str = ""
     _runner: web.AppRunner | None = None
@@ -397,9 +408,10 @@ class DaytonaServer:
         return self
 
     async def __aexit__(self, *_):
-        for box in list(self.boxes.values()):
-            await box.destroy()
+        for box_id in list(self.boxes):
+            await self.vanish(box_id)
         await self._runner.cleanup()
+        await asyncio.gather(*self.removals)
 
     # --- faults ---
 
@@ -421,7 +433,9 @@ class DaytonaServer:
 
     async def vanish(self, box_id):
         """The sandbox is gone, as when its host dies."""
-        await self.boxes.pop(box_id).destroy()
+        box = self.boxes.pop(box_id)
+        await box.destroy()
+        self.removals.append(asyncio.ensure_future(asyncio.to_thread(shutil.rmtree, box.folder, ignore_errors=True)))
 
     @web.middleware
     async def _middleware(self, request, handler):
@@ -502,13 +516,17 @@ class DaytonaServer:
             "toolboxProxyUrl": self.url.removesuffix("/api") + "/toolbox",
         }
         box = self.boxes[box_id] = Box(dto, self.folder / box_id, env=dict(body.env or {}))
-        await self._build(box, body.build_info)
+        try:
+            await self._build(box, body.build_info)
+        except BaseException:
+            await self.vanish(box_id)
+            raise
         return web.json_response(self._dto(box))
 
     async def _build(self, box, info):
         """Bring it up, from a Dockerfile where there is one."""
         if info is None:
-            await box.boot()
+            await self._boot(box)
             return
         lines = info.dockerfile_content.splitlines()
         image = next((line.split()[1] for line in lines if line.upper().startswith("FROM ")), "")
@@ -517,7 +535,7 @@ class DaytonaServer:
             box.log.append(f"manifest for {image} not found")
             box.dto |= {"state": "build_failed", "errorReason": f"failed to pull {image}: manifest unknown"}
             return
-        await box.boot()
+        await self._boot(box)
         context = box.folder / "context"
         context.mkdir()
         for digest in info.context_hashes or ():
@@ -528,6 +546,13 @@ class DaytonaServer:
             word, _, rest = line.strip().partition(" ")
             if not await self._step(box, word.upper(), rest.strip(), context):
                 return
+
+    async def _boot(self, box):
+        await box.boot()
+        null = os.open("/dev/null", os.O_RDWR)
+        for command in self.services:
+            await box.start(["sh", "-c", command], [null] * 3, cwd="/")
+        os.close(null)
 
     async def _step(self, box, word, rest, context):
         """One line of a Dockerfile; False when it failed."""
@@ -582,8 +607,7 @@ class DaytonaServer:
 
     async def delete(self, request):
         box = self._box(request)
-        await box.destroy()
-        del self.boxes[box.dto["id"]]
+        await self.vanish(box.dto["id"])
         return web.json_response(self._dto(box))
 
     async def start_or_stop(self, request):
@@ -621,16 +645,23 @@ class DaytonaServer:
         return web.json_response({**keys, **place, "region": "us"})
 
     async def storage(self, request):
-        """Enough of S3 for build contexts: `<bucket>/<organization>/<hash>/context.tar`."""
-        digest = request.match_info["path"].split("/")[-2]
+        """Enough of S3 for build contexts, in parts or whole: `<bucket>/<organization>/<hash>/context.tar`."""
+        digest, query = request.match_info["path"].split("/")[-2], request.query
+        headers = {"ETag": '"1"', "Last-Modified": "Mon, 02 Nov 2026 00:00:00 GMT"}
         if request.method == "HEAD":
-            known = digest in self.stored
-            return web.Response(
-                status=200 if known else 404, headers={"ETag": '"1"', "Last-Modified": "Mon, 02 Nov 2026 00:00:00 GMT"}
-            )
+            return web.Response(status=200 if digest in self.stored else 404, headers=headers)
+        if request.method == "POST" and "uploads" in query:
+            names = "".join(f"<{name}>x</{name}>" for name in ("Bucket", "Key", "UploadId"))
+            return xml(f"<InitiateMultipartUploadResult>{names}</InitiateMultipartUploadResult>")
         if request.method == "PUT":
-            self.stored[digest] = await request.read()
-        return web.Response(headers={"ETag": '"1"'})
+            parts = self.parts.setdefault(digest, {})
+            parts[int(query.get("partNumber", 1))] = await request.read()
+        if request.method == "POST" or "partNumber" not in query:
+            parts = self.parts.pop(digest)
+            self.stored[digest] = b"".join(parts[number] for number in sorted(parts))
+            names = "".join(f"<{name}>x</{name}>" for name in ("Location", "Bucket", "Key", "ETag"))
+            return xml(f"<CompleteMultipartUploadResult>{names}</CompleteMultipartUploadResult>")
+        return web.Response(headers=headers)
 
     # --- exec ---
 
@@ -638,6 +669,7 @@ class DaytonaServer:
         from daytona_toolbox_api_client_async import ExecuteRequest
 
         box, body = self._box(request), await self._body(request, ExecuteRequest)
+        self.commands.append(body.command)
         if not body.command.strip():
             raise Refused(400, "command cannot be empty or whitespace-only")
         try:
@@ -713,6 +745,7 @@ class DaytonaServer:
         from daytona_toolbox_api_client_async import SessionExecuteRequest
 
         body = await self._body(request, SessionExecuteRequest)
+        self.commands.append(body.command)
         box, session = self._session(request)
         if not body.run_async:
             raise Refused(400, "this server runs session commands with runAsync only")

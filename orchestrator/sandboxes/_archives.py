@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import stat
 import tarfile
+from collections.abc import Collection
 from pathlib import Path
 
 from states.errors import PathEscape, SandboxError
 
 
-def pack(source: Path, archive: Path) -> str:
+def pack(source: Path, archive: Path, *, without: Collection[str] = ()) -> str:
     """Write a file, or a folder's content, to a new archive; returns the file's name, "" for a folder.
 
-    Links are kept as links, whatever they lead to; devices, FIFOs and sockets are left out, and set-uid bits.
+    `without`: folders in it that stay here, by their paths in it. Links are kept as links, whatever they lead to;
+    devices, FIFOs and sockets are left out, and set-uid bits.
 
     Raises:
         SandboxError: There is no such file or folder; names it.
@@ -34,13 +36,13 @@ def pack(source: Path, archive: Path) -> str:
                 return source.name
             if not stat.S_ISDIR(mode):
                 raise SandboxError(f"cannot upload {source}: it is neither a file nor a folder")
-            _add_folder(tar, source, "")
+            _add_folder(tar, source, "", frozenset(without))
     except OSError as exc:
         raise SandboxError(f"cannot upload {source}: {exc}") from exc
     return ""
 
 
-def _add_folder(tar: tarfile.TarFile, folder: Path, prefix: str) -> None:
+def _add_folder(tar: tarfile.TarFile, folder: Path, prefix: str, without: frozenset[str]) -> None:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             name, info = prefix + entry.name, entry.stat(follow_symlinks=False)
@@ -48,11 +50,13 @@ def _add_folder(tar: tarfile.TarFile, folder: Path, prefix: str) -> None:
                 member = tarfile.TarInfo(name)
                 member.type, member.linkname = tarfile.SYMTYPE, os.readlink(entry.path)  # noqa: PTH115 - of an entry
                 tar.addfile(member)
+            elif name in without:
+                continue
             elif entry.is_dir():
                 member = tarfile.TarInfo(name)
                 member.type, member.mode = tarfile.DIRTYPE, info.st_mode & 0o777
                 tar.addfile(member)
-                _add_folder(tar, Path(entry.path), f"{name}/")
+                _add_folder(tar, Path(entry.path), f"{name}/", without)
             elif stat.S_ISREG(info.st_mode):
                 with Path(entry.path).open("rb") as file:
                     _add(tar, name, info.st_mode, os.fstat(file.fileno()).st_size, file)

@@ -35,6 +35,7 @@ import os
 import posixpath
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ import attrs
 
 from orchestrator.sandboxes import SandboxSpec, _archives
 from orchestrator.sandboxes._daytona_channel import LINE_KINDS, Channel
-from orchestrator.sandboxes._daytona_service import LABEL, MADE_BY, Box, Service, inside_files, shell_words
+from orchestrator.sandboxes._daytona_service import LABEL, MADE_BY, Box, Gone, Service, inside_files, shell_words
 from orchestrator.sandboxes._names import file_name
 from orchestrator.sandboxes.inside import keeper
 from states.errors import ConfigError, ExecTimeout, HandleRevoked, QuietError, SandboxError
@@ -146,25 +147,31 @@ class DaytonaHandle:
         """See `SandboxHandle.end`."""
         async with self._lock:
             if self._phase == "ended":
-                return self._evidence
+                return self._evidence or (f"handle {self.name} ended with its sandbox",)
             with anyio.CancelScope(shield=True):
                 if not self._begun:
                     self._evidence = (f"handle {self.name} was never opened: nothing was started through it",)
                 else:
                     self._evidence = await self._put_down()
-                self._phase = "ended"
-                for channel in self._channels:
-                    await channel.release()
-                self._channels.clear()
+                await self.let_go()
             return self._evidence
+
+    async def let_go(self) -> None:
+        """It has ended, or its sandbox has: what arrived over its channels can still be read."""
+        self._phase = "ended"
+        for channel in self._channels:
+            await channel.release()
+        self._channels.clear()
 
     async def _put_down(self) -> tuple[str, ...]:
         """Kill everything and return the proof. Raises `QuietError` without one, the sandbox's own end being one."""
-        box = self._sandbox._box
-        if box is None or self._sandbox._phase == "stopped":
-            return (f"handle {self.name}: its sandbox is gone, with everything in it",)
+        box, gone = self._sandbox._box, f"handle {self.name}: its sandbox is gone, with everything in it"
+        if box is None:
+            return (gone,)
         try:
             answer = await box.ask(f"ending handle {self.name}", {**self._asked("end"), "name": self.name})
+        except Gone:
+            return (gone,)
         except SandboxError as exc:
             raise QuietError(f"handle {self.name}: that its processes are dead cannot be proven: {exc}") from exc
         return tuple(answer["evidence"])
@@ -372,7 +379,8 @@ class DaytonaSandbox:
             return
         with tempfile.TemporaryDirectory(prefix="rollout-upload-") as scratch:
             archive, there = Path(scratch, "folder.tar"), f"{keeper.IN}/{secrets.token_hex(12)}"
-            if await anyio.to_thread.run_sync(_archives.pack, Path(path), archive):
+            left_here = _unneeded(Path(path))
+            if await anyio.to_thread.run_sync(lambda: _archives.pack(Path(path), archive, without=left_here)):
                 raise SandboxError(f"sandbox {self.name} cannot show {path}: it is a file, not a folder")
             size = archive.stat().st_size  # noqa: ASYNC240 - one call
             self.spec.note(f"uploading {path} to sandbox {self.name}: {math.ceil(size / MB)} MB")
@@ -385,21 +393,24 @@ class DaytonaSandbox:
             if self._service is not None and self._phase != "stopped":
                 with anyio.CancelScope(shield=True):
                     await self._give_back(self._service)
-            self._phase, self._box = "stopped", None
-            for handle in self._handles.values():
-                await handle.end()
-            if self._service is not None:
-                await self._service.close()
+            self._phase = "stopped"
 
     async def _give_back(self, service: Service) -> None:
+        """Delete it, let go of what was said over its channels, and of the service."""
         try:
             with anyio.fail_after(STOP_SEC):
                 if self._box is None and self._creating is not None:
                     await self._end_creation(service, self._creating)
                 if self._box is not None:
                     await service.delete(self._box.remote, self.name)
+            self._box = None
         except TimeoutError as exc:
             raise SandboxError(f"sandbox {self.name} was not given back within {STOP_SEC:g} s") from exc
+        finally:
+            self._phase = "stopped"
+            for handle in self._handles.values():
+                await handle.let_go()
+            await service.close()
 
     async def _end_creation(self, service: Service, creating: asyncio.Task[Box]) -> None:
         """A creation whose end nobody awaited: delete what it makes as soon as the service knows of it."""
@@ -455,6 +466,14 @@ class DaytonaSandbox:
         if self._phase != "up" or self._box is None:
             raise SandboxError(f"sandbox {self.name} {'was stopped' if self._phase == 'stopped' else 'is not started'}")
         return self._box
+
+
+def _unneeded(folder: Path) -> list[str]:
+    """What stays here of an interpreter: agents have environments of their own, so not the packages of this one."""
+    if (folder / "pyvenv.cfg").exists() or not (folder / "bin").is_dir():
+        return []
+    found = [path for name in ("site-packages", "test", "config-*") for path in folder.glob(f"lib/python3.*/{name}")]
+    return [path.relative_to(folder).as_posix() for path in found]
 
 
 def _outermost(binds: Sequence[str]) -> list[str]:
@@ -515,10 +534,9 @@ class _Recipe:
             other = self._mapped(image)
             text = re.sub(rf"(?mi)^(\s*FROM\s+(?:--\S+\s+)*){re.escape(image)}(?=\s|$)", rf"\g<1>{other}", text)
         self._folder = tempfile.TemporaryDirectory(prefix="rollout-build-")
-        place = Path(self._folder.name)
-        for entry in build.iterdir():
-            if entry.name != "Dockerfile":
-                (place / entry.name).symlink_to(entry.resolve())
+        place = Path(self._folder.name, "build")
+        shutil.copytree(build, place, symlinks=True, copy_function=_linked)
+        (place / "Dockerfile").unlink()
         (place / "Dockerfile").write_text(text, encoding="utf-8", errors="surrogateescape")
         return str(place / "Dockerfile")
 
@@ -546,6 +564,15 @@ class _Recipe:
         """Give its folder back."""
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _linked(source: str, target: str) -> str:
+    """The same file, where the file system allows that: a build's folder may be large."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+    return target
 
 
 def _whole(number: float | None) -> int | None:

@@ -1,0 +1,618 @@
+"""The Daytona sandbox where the service fails, and what the conformance suite does not see of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import pytest
+from requirements import module
+
+import orchestrator.sandboxes.inside
+from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, sweep
+from orchestrator.sandboxes import _daytona_service as service_module
+from orchestrator.world import owner
+from states.errors import ConfigError, HandleRevoked, SandboxError
+
+module("daytona", "daytona")
+
+daytona_module = importlib.import_module("orchestrator.sandboxes.daytona")
+pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
+
+INSIDE = Path(orchestrator.sandboxes.inside.__file__).parent
+LINE = b"0123456789abcdef" * 65_536 + b"\n"
+EXECUTE = "/process/execute"
+
+
+@pytest.fixture
+def anyio_backend():
+    """Its SDK is asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """What was waited for between two tries; nothing is, here."""
+    waited, connect = [], service_module.Service.connect
+
+    async def connected(*settings):
+        service = await connect(*settings)
+        service.sleep = slept
+        return service
+
+    async def slept(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(service_module.Service, "connect", connected)
+    return waited
+
+
+@pytest.fixture
+async def loopback(daytona_service, sleeps):
+    """The service on loopback: these tests break it."""
+    if daytona_service.server is None:
+        pytest.skip("breaks the service")
+    return daytona_service
+
+
+@pytest.fixture
+async def up(loopback):
+    """To be awaited, `up(**spec)`: a sandbox that has started, with the handle `solver` open; stopped afterwards."""
+    made = []
+
+    async def start(**spec):
+        sandbox = loopback.sandbox(f"box-{len(made)}", **spec)
+        made.append(sandbox)
+        await sandbox.start()
+        handle = sandbox.handle("solver")
+        await handle.open()
+        return sandbox, handle
+
+    yield start
+    for sandbox in made:
+        await sandbox.stop()
+    assert await loopback.left() == []
+
+
+async def output(handle, command):
+    """What a command printed; it succeeded."""
+    result = await handle.exec(command, timeout_sec=60)
+    assert result.return_code == 0, result
+    return result.stdout
+
+
+async def echoed(channel, data):
+    """What comes back of `data`, sent to a process that echoes."""
+    back = bytearray()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(channel.send, data)
+        while len(back) < len(data):
+            back += await channel.receive()
+    return bytes(back)
+
+
+# --- what it is made from --------------------------------------------------------------------------------------
+
+
+async def test_what_is_created_ends_by_itself_and_says_whose_it_is(loopback, up):
+    """A time to live from the rollout's own, never stopped as idle, deleted when stopped, closed, labelled."""
+    await up(ttl_sec=601.0, labels={"rollout": "r1"})
+    (body,) = loopback.server.created
+    assert (body["ttlMinutes"], body["autoStopInterval"], body["autoDeleteInterval"]) == (11, 0, 0)
+    assert body["networkBlockAll"] is True
+    assert body["labels"] == {
+        "rollout": "r1",
+        "made-by": "rollout-orchestrator",
+        "rollout-sandbox": "box-0",
+        "code-toolbox-language": "python",
+    }
+    await loopback.server.pass_time(minutes=10)
+    assert await loopback.left() == ["box-0"]
+    await loopback.server.pass_time(minutes=11)
+    assert await loopback.left() == []
+
+
+async def test_the_callers_labels_are_not_written_into(loopback):
+    """The SDK writes into the labels that it is given: each creation gets its own."""
+    labels = {"rollout": "r1"}
+    sandbox = loopback.sandbox("box", labels=labels)
+    await sandbox.start()
+    await sandbox.stop()
+    assert labels == {"rollout": "r1"}
+
+
+async def test_an_image_comes_with_resources_in_whole_units(loopback, up):
+    """Cores and gigabytes, rounded up; what stands for the image is a note."""
+    image = {"image": "example.org/base:1", "image_map": {"example.org/base:1": "debian:12"}}
+    await up(**image, cpus=1.5, memory_mb=1500, storage_mb=10_240, pids=100)
+    (body,) = loopback.server.created
+    assert (body["cpu"], body["memory"], body["disk"]) == (2, 2, 10)
+    assert body["buildInfo"]["dockerfileContent"].startswith("FROM debian:12")
+    assert loopback.notes[0] == "image example.org/base:1 was replaced by debian:12"
+    assert "no limit on processes" in loopback.notes[1]
+
+
+async def test_a_snapshot_is_taken_as_it_is(loopback, up):
+    """By its name; limits that it cannot keep are a note; it has the task's environment."""
+    sandbox, _ = await up(options={"snapshot": "prepared"}, cpus=2)
+    assert loopback.server.created[0]["snapshot"] == "prepared"
+    assert sandbox.has_environment
+    assert "a snapshot has its own resources" in loopback.notes[0]
+
+
+async def test_a_dockerfile_is_built_with_its_files_and_an_image_may_stand_for_its_base(loopback, up, tmp_path):
+    """COPY brings files from beside it, RUN runs, ENV is there, and FROM is mapped."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/table.csv").write_text("1,2\n")
+    lines = [
+        "FROM example.org/base:1 AS built",
+        "ENV WHO=me",
+        "WORKDIR /app",
+        "COPY data data",
+        "RUN wc -l < data/table.csv > lines",
+    ]
+    (tmp_path / "Dockerfile").write_text("\n".join(lines))
+    sandbox, handle = await up(build=tmp_path, image_map={"example.org/base:1": "debian:12"})
+    assert await output(handle, "cat data/table.csv lines; echo $WHO") == "1,2\n1\nme\n"
+    assert sandbox.has_environment
+    assert "image example.org/base:1 was replaced by debian:12" in loopback.notes
+    assert (tmp_path / "Dockerfile").read_text().startswith("FROM example.org/base:1")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("FROM example.org/none:1", "failed to pull example.org/none:1"),
+        ("FROM debian:12\nRUN echo why; exit 3", "non-zero code: 3"),
+    ],
+    ids=["no such base", "a command that fails"],
+)
+async def test_an_image_that_cannot_be_built_is_what_the_service_said(loopback, tmp_path, lines, said):
+    """A SandboxError with its words, and nothing is left."""
+    (tmp_path / "Dockerfile").write_text(lines)
+    sandbox = loopback.sandbox(build=tmp_path)
+    with pytest.raises(SandboxError, match=re.escape(said)):
+        await sandbox.start()
+    await sandbox.stop()
+    assert await loopback.left() == []
+
+
+async def test_agents_come_in_as_one_upload_at_their_own_path_and_cannot_be_changed(loopback, up, tmp_path):
+    """Also below a folder that the agent may not enter; its size is a note; several handles see it."""
+    place = tmp_path / "deep/er/agent"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin/run").write_text("#!/bin/sh\necho running\n")
+    (place / "bin/run").chmod(0o755)
+    sandbox, handle = await up(binds=(str(place), str(place / "bin")))
+    assert await output(handle, f"{place}/bin/run") == "running\n"
+    assert (await handle.exec(f"echo bad > {place}/bin/run")).return_code != 0
+    other = sandbox.handle("other")
+    await other.open()
+    assert await output(other, f"{place}/bin/run") == "running\n"
+    assert loopback.notes == [f"uploading {place} to sandbox box-0: 1 MB"]
+
+
+async def test_agents_that_the_image_should_have_are_looked_for(loopback, tmp_path):
+    """One that is missing there is said before an agent is started."""
+    sandbox = loopback.sandbox(binds=(str(tmp_path / "agent"),), options={"agents": "present"})
+    with pytest.raises(SandboxError, match=r"has no folder .*agent, which an agent needs"):
+        await sandbox.start()
+    await sandbox.stop()
+
+
+async def test_of_an_interpreter_its_own_packages_stay_here(tmp_path):
+    """Agents have environments of their own; a virtual environment is taken whole."""
+    for name in ("bin", "lib/python3.12/site-packages", "lib/python3.12/test", "lib/python3.12/json"):
+        (tmp_path / name).mkdir(parents=True)
+    unneeded = daytona_module._unneeded
+    assert sorted(unneeded(tmp_path)) == ["lib/python3.12/site-packages", "lib/python3.12/test"]
+    (tmp_path / "pyvenv.cfg").touch()
+    assert unneeded(tmp_path) == []
+
+
+# --- the service fails -----------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_key_is_said_as_one(loopback, monkeypatch):
+    """It names the variable, not the key."""
+    monkeypatch.setenv("DAYTONA_API_KEY", "another-key")
+    sandbox = loopback.sandbox()
+    with pytest.raises(SandboxError, match=r"refused the key in DAYTONA_API_KEY.*Invalid credentials") as raised:
+        await sandbox.start()
+    assert "another-key" not in str(raised.value)
+    monkeypatch.setenv("DAYTONA_API_KEY", loopback.server.key)
+    with pytest.raises(SandboxError, match="refused the key"):
+        await sandbox.stop()
+
+
+async def test_a_refusal_for_now_is_waited_out_for_as_long_as_the_service_asks(loopback, sleeps, up):
+    """429 with Retry-After: so many seconds, and one sandbox."""
+    loopback.server.fault("POST", "/sandbox", status=429, headers={"Retry-After": "3"}, times=2)
+    await up()
+    assert sleeps[:2] == [3.0, 3.0]
+    assert len(loopback.server.created) == 1
+
+
+async def test_a_refusal_for_good_is_not_repeated(loopback, sleeps):
+    """A quota that is used up: what the service said, after one try."""
+    loopback.server.fault("POST", "/sandbox", status=403, message="Total CPU limit exceeded. Maximum allowed: 4.")
+    sandbox = loopback.sandbox()
+    with pytest.raises(SandboxError, match=r"\(403\).*Total CPU limit exceeded"):
+        await sandbox.start()
+    await sandbox.stop()
+    assert sleeps == []
+    assert loopback.server.created == []
+
+
+@pytest.mark.parametrize("drop", ["before", "after"])
+async def test_a_creation_whose_answer_was_lost_makes_one_sandbox(loopback, up, drop):
+    """It is found again by its label, or made."""
+    loopback.server.fault("POST", "/sandbox", drop=drop)
+    await up()
+    assert len(loopback.server.created) == 1
+    assert await loopback.left() == ["box-0"]
+
+
+async def test_a_service_that_stays_away_is_given_up_and_named(loopback, sleeps):
+    """Each wait is longer than the one before; then it is an error with its cause."""
+    loopback.server.fault("POST", "/sandbox", status=502, message="no healthy upstream", times=99)
+    sandbox = loopback.sandbox()
+    with pytest.raises(SandboxError, match=r"\(502\).*no healthy upstream"):
+        await sandbox.start()
+    assert len(sleeps) == service_module.TRIES - 1
+    assert all(later > earlier for earlier, later in itertools.pairwise(sleeps))
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize("what", [{"status": 502}, {"drop": "before"}, {"drop": "after"}], ids=str)
+async def test_a_command_whose_answer_was_lost_runs_once(loopback, up, what):
+    """The same command is asked for again under its number, and its result is fetched."""
+    _, handle = await up()
+    loopback.server.fault("POST", EXECUTE, **what)
+    assert await output(handle, "echo ran >> log; cat log") == "ran\n"
+    assert await output(handle, "cat log") == "ran\n"
+
+
+@pytest.mark.parametrize("drop", ["before", "after"])
+async def test_files_arrive_although_an_answer_is_lost(loopback, up, tmp_path, drop):
+    """Up and down: uploads replace, so they are repeated."""
+    sandbox, handle = await up()
+    loopback.server.fault("POST", "/files/bulk-upload", drop=drop)
+    loopback.server.fault("POST", "/files/bulk-download", drop="before")
+    (tmp_path / "file").write_bytes(LINE)
+    await sandbox.upload(tmp_path / "file", "/app/file")
+    await sandbox.download("/app/file", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == LINE
+    assert await output(handle, "wc -c < file") == f"{len(LINE)}\n"
+
+
+@pytest.mark.parametrize("code", [1008, 1009, 1011])
+@pytest.mark.parametrize("channel", ["session", "pty"])
+async def test_a_websocket_that_is_closed_loses_no_byte_and_doubles_none(loopback, up, channel, code):
+    """In the middle of a megabyte: a session's log is read again from where we were, a terminal is replaced."""
+    _, handle = await up(channel=channel)
+    path = "/logs" if channel == "session" else "/create-connect"
+    fault = loopback.server.fault("GET", path, close=code, after_bytes=200_000)
+    process = await handle.spawn(["cat"])
+    assert await echoed(process, LINE) == LINE
+    assert fault.times == 0
+    await process.close_stdin()
+    assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("what", [{"status": 502}, {"drop": "before"}, {"drop": "after"}], ids=str)
+async def test_input_whose_answer_was_lost_arrives_once(loopback, up, what):
+    """Every byte is numbered: what came twice is dropped, so it may be sent again."""
+    _, handle = await up()
+    process = await handle.spawn(["cat"])
+    loopback.server.fault("POST", "/input", **what)
+    assert await echoed(process, b"one line\n") == b"one line\n"
+    assert await echoed(process, b"another\n") == b"another\n"
+    await process.close_stdin()
+    assert (await process.receive(), await process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize("channel", ["session", "pty"])
+async def test_a_line_whose_session_is_killed_is_replaced(loopback, up, channel):
+    """Somebody else deletes the session or the terminal: the process lives, and goes on talking."""
+    sandbox, handle = await up(channel=channel)
+    process = await handle.spawn(["cat"])
+    assert await echoed(process, b"before\n") == b"before\n"
+    (box,) = loopback.server.boxes.values()
+    for session in list(box.sessions.values()):
+        for command in session.commands.values():
+            await command.process.kill()
+    for terminal in list(box.terminals.values()):
+        await terminal.kill()
+    assert await echoed(process, b"after\n") == b"after\n"
+    assert sandbox.channel == channel
+
+
+@pytest.mark.parametrize("channel", ["session", "pty"])
+async def test_a_sandbox_that_vanishes_is_said_to_be_gone(loopback, channel):
+    """By a command, by a channel and by a file; what it ended is proven by that, and stopping it is nothing."""
+    sandbox = loopback.sandbox(channel=channel)
+    found = await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    process = await handle.spawn(["cat"])
+    await loopback.server.vanish(found["id"])
+    with pytest.raises(SandboxError, match="sandbox box is gone"):
+        await handle.exec("true")
+    with pytest.raises(SandboxError, match="sandbox box is gone"):
+        await process.receive()
+    with pytest.raises(SandboxError, match="sandbox box is gone"):
+        await handle.read_file("/app/x")
+    assert await handle.end() == ("handle solver: its sandbox is gone, with everything in it",)
+    await sandbox.stop()
+
+
+async def test_a_creation_that_is_cancelled_leaves_nothing(loopback):
+    """While the service still works on it: it is deleted as soon as the service knows of it."""
+    release = anyio.Event()
+    fault = loopback.server.fault("POST", "/sandbox", wait=release)
+    sandbox = loopback.sandbox()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(sandbox.start)
+        while fault.times:
+            await anyio.lowlevel.checkpoint()
+        tasks.cancel_scope.cancel()
+    await sandbox.stop()
+    release.set()
+    assert await loopback.left() == []
+
+
+async def test_a_sandbox_without_a_python_is_said_to_have_none(loopback):
+    """What its shell said is quoted."""
+    sandbox = loopback.sandbox(options={"python": "no-such-python"})
+    with pytest.raises(SandboxError, match=r"its Python did not do its work.*no-such-python"):
+        await sandbox.start()
+    await sandbox.stop()
+
+
+# --- what calls say and cost -----------------------------------------------------------------------------------
+
+
+async def test_an_environment_is_on_no_command_line(loopback, up):
+    """Neither of a command nor of a process: it goes in a file that is nobody else's."""
+    _, handle = await up()
+    secret = {"API_KEY": "not-to-be-seen"}
+    assert (await handle.exec("echo $API_KEY", env=secret)).stdout == "not-to-be-seen\n"
+    process = await handle.spawn(["sh", "-c", "echo $API_KEY"], env=secret)
+    assert await process.receive() == b"not-to-be-seen\n"
+    assert not [command for command in loopback.server.commands if "not-to-be-seen" in command]
+    assert len(loopback.server.commands) > 3
+
+
+async def test_calls_do_not_grow_with_files(loopback, up, tmp_path):
+    """Three hundred files cost what three do."""
+    sandbox, _ = await up()
+
+    async def cost(count):
+        source = tmp_path / str(count)
+        source.mkdir()
+        for number in range(count):
+            (source / f"file-{number}").write_text(str(number))
+        before = len(loopback.server.calls)
+        await sandbox.upload(source, f"/app/{count}")
+        await sandbox.download(f"/app/{count}", tmp_path / f"back-{count}")
+        assert len(list((tmp_path / f"back-{count}").iterdir())) == count
+        return len(loopback.server.calls) - before
+
+    assert await cost(3) == await cost(300)
+
+
+async def test_a_long_command_is_waited_for_in_pieces(loopback, up, monkeypatch):
+    """No request of ours outlasts a proxy's patience: the same command is asked after again."""
+    monkeypatch.setattr(daytona_module, "WAIT_SEC", 0.2)
+    _, handle = await up()
+    before = len(loopback.server.calls)
+    assert (
+        await output(handle, "while [ ! -e go ]; do n=$((n+1)); [ $n -lt 60 ] || touch go; sleep 0.02; done; echo done")
+        == "done\n"
+    )
+    assert len(loopback.server.calls) - before > 2
+
+
+# --- who is where ----------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_has_no_privilege_and_no_way_to_one(up):
+    """It is nobody of the image's, its namespace's PID 1 is out of its reach, and so is what we keep there."""
+    _, handle = await up()
+    assert await output(handle, "id -un; id -u") == "agent\n52001\n"
+    assert await output(handle, "grep -cE '^Cap(Prm|Eff):[[:space:]]*0+$' /proc/self/status") == "2\n"
+    assert await output(handle, "grep NoNewPrivs /proc/self/status | tr -dc 0-9") == "1"
+    for command in (
+        "kill -9 1",
+        "ls /proc/1/root/",
+        "touch /run/rollout/x",
+        "mkdir /tests/x",
+        "touch /usr/x",
+        "mount -t tmpfs x /app",
+    ):
+        assert (await handle.exec(command)).return_code != 0, command
+    shown = await output(handle, "ls -A /run/rollout /tests /solution /logs/verifier | grep -v :")
+    assert shown.strip() == ""
+
+
+async def test_an_agent_that_is_root_is_a_containers_root(up):
+    """By the option: it may install things, and may neither mount nor see the tests."""
+    sandbox, handle = await up(options={"agent-user": "root"})
+    assert await output(handle, "id -u; chown 7 /etc/hosts && echo may") == "0\nmay\n"
+    ours = sandbox.handle("verifier", trusted=True)
+    await ours.open()
+    await ours.write_file("/tests/secret", b"secret")
+    for command in ("mount -t tmpfs x /app", "umount /tests", "cat /tests/secret", "kill -9 1", "nsenter -t 1 -a true"):
+        await handle.exec(command)
+        assert (await handle.exec("cat /tests/secret")).return_code != 0, command
+    assert await output(ours, "cat /tests/secret") == "secret"
+
+
+async def test_what_an_agent_started_outside_of_its_handle_is_ended_and_the_tasks_services_are_not(loopback, up):
+    """It may have asked the service's own daemon, which does anything for anybody in the sandbox's network."""
+    loopback.server.services.append("exec 9>/app/service; flock 9; while :; do sleep 1000; done")
+    _, handle = await up(network="bridge")
+    (box,) = loopback.server.boxes.values()
+    await loopback.server._run(
+        box, "(setsid sh -c 'exec 9>/app/stranger; flock 9; exec sleep 1000' >/dev/null 2>&1 &)", "/"
+    )
+    await output(handle, "while flock -n stranger true; do sleep 0.01; done")
+    assert (await handle.exec("flock -n service true")).return_code != 0
+    evidence = await handle.end()
+    assert any("outside of its handle" in sentence for sentence in evidence), evidence
+    code, _ = await loopback.server._run(box, "flock -n /app/stranger true", "/")
+    assert code == 0
+    code, _ = await loopback.server._run(box, "flock -n /app/service true", "/")
+    assert code != 0
+
+
+SERVE = "import http.server as h; h.HTTPServer(('127.0.0.1', 8123), h.BaseHTTPRequestHandler).serve_forever()"
+ASK = "import socket; socket.create_connection(('127.0.0.1', 8123), 5)"
+
+
+@pytest.mark.parametrize(("network", "reached"), [("gateway-only", False), ("none", False), ("bridge", True)])
+async def test_the_sandboxes_own_network_is_reached_only_where_that_was_asked_for(loopback, up, network, reached):
+    """Where the service's daemon listens. Handles share a loopback either way: the relay's port is there."""
+    loopback.server.services.append(f'python3 -c "{SERVE}"')
+    sandbox, handle = await up(network=network)
+    assert loopback.server.created[0]["networkBlockAll"] is not reached
+    command = f'for n in 1 2 3 4 5 6 7 8 9; do python3 -c "{ASK}" && exit; sleep 0.2; done; exit 1'
+    assert ((await handle.exec(command if reached else f'python3 -c "{ASK}"')).return_code == 0) is reached
+    if not reached:
+        ours = sandbox.handle("relay", trusted=True)
+        await ours.open()
+        await ours.spawn(["python3", "-c", SERVE])
+        assert (await handle.exec(command)).return_code == 0
+
+
+async def test_a_process_of_a_trusted_handle_outlives_the_agents(up):
+    """A relay, say: agents come and go."""
+    sandbox, handle = await up()
+    ours = sandbox.handle("relay", trusted=True)
+    await ours.open()
+    process = await ours.spawn(["cat"])
+    await handle.end()
+    assert await echoed(process, b"still here\n") == b"still here\n"
+    with pytest.raises(HandleRevoked):
+        await handle.exec("true")
+
+
+# --- giving back -----------------------------------------------------------------------------------------------
+
+
+def dead():
+    """The number of a process that is dead."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return str(process.pid)
+
+
+async def test_a_sweep_deletes_what_dead_orchestrators_of_this_host_left_and_nothing_else(loopback):
+    """A living owner's, another host's and anybody else's are left alone; another host's by its name."""
+    ours = {f"owner-{name}": str(value) for name, value in owner().items()}
+    theirs = {**ours, "owner-host": "elsewhere", "owner-pid": "1"}
+    mine = {
+        "dead": {**ours, "owner-pid": dead()},
+        "reborn": {**ours, "owner-started": "1"},
+        "alive": ours,
+        "elsewhere": theirs,
+    }
+    made = {name: loopback.sandbox(name, labels=labels) for name, labels in mine.items()}
+    for sandbox in made.values():
+        await sandbox.start()
+    (stranger,) = [box for box in loopback.server.boxes.values() if box.dto["name"] == "alive"]
+    loopback.server.page = 1  # so that a cursor is followed
+    said = await sweep("daytona", {})
+    here, numbers = socket.gethostname(), {name: mine[name]["owner-pid"] for name in ("dead", "reborn")}
+    assert sorted(said) == sorted(
+        f"sandbox {name} was deleted: process {number} of {here}, which made it, is dead"
+        for name, number in numbers.items()
+    )
+    assert sorted(await loopback.left()) == ["alive", "elsewhere"]
+    assert await sweep("daytona", {}) == ()
+    await sweep("daytona", {"owner": "elsewhere"})
+    assert await loopback.left() == ["alive"]
+    stranger.dto["labels"] = {}
+    assert await sweep("daytona", {"owner": "elsewhere"}) == ()
+    for sandbox in made.values():
+        await sandbox.stop()
+    assert loopback.server.boxes == {}
+
+
+async def test_a_sandbox_that_cannot_be_given_back_says_so_and_lets_its_channels_go(loopback):
+    """Its time to live is what remains; who waits for a process is not left waiting."""
+    sandbox = loopback.sandbox()
+    await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    process = await handle.spawn(["cat"])
+    fault = loopback.server.fault("DELETE", "/sandbox/[^/]+", status=503, message="not now", times=99)
+    with pytest.raises(SandboxError, match="not now"):
+        await sandbox.stop()
+    assert await process.wait() == -9
+    fault.times = 0
+    await daytona_module.reap({"kind": "daytona", "name": sandbox.name})
+    assert await loopback.left() == []
+
+
+# --- before anything exists ------------------------------------------------------------------------------------
+
+
+def test_options_that_cannot_be_are_mistakes(monkeypatch):
+    """Named, with what there is."""
+    monkeypatch.setenv("DAYTONA_API_KEY", "key")
+    with pytest.raises(ConfigError, match="no option 'color'"):
+        check_sandbox("daytona", {"color": "red"})
+    for options, said in (({"channel": "ssh"}, "channel is session or pty"), ({"agent-user": "me"}, "agent or root")):
+        with pytest.raises(ConfigError, match=said):
+            make_sandbox(SandboxSpec("daytona", "r1", options=options))
+    with pytest.raises(ConfigError, match="clean absolute path"):
+        make_sandbox(SandboxSpec("daytona", "r1", cwd="/"))
+    monkeypatch.delenv("DAYTONA_API_KEY")
+    with pytest.raises(ConfigError, match="set DAYTONA_API_KEY"):
+        make_sandbox(SandboxSpec("daytona", "r1"))
+
+
+def test_trio_is_told_that_the_sdk_knows_asyncio_only(monkeypatch):
+    """A mistake of the config, not a crash in the SDK."""
+    monkeypatch.setenv("DAYTONA_API_KEY", "key")
+    with pytest.raises(ConfigError, match="needs asyncio"):
+        anyio.run(make_sandbox(SandboxSpec("daytona", "r1")).start, backend="trio")
+
+
+def test_naming_the_kind_imports_no_sdk():
+    """It costs seconds: only `start` pays them."""
+    code = "import sys; from orchestrator.sandboxes import check_sandbox as check; check('daytona', {})"
+    code += "; print('daytona' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", sorted(INSIDE.glob("*.py")), ids=lambda path: path.name)
+def test_what_runs_inside_is_python_3_8_and_needs_nothing_else(path):
+    """Its grammar, and what it imports."""
+    tree = ast.parse(path.read_text(), feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    foreign = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert foreign <= {"orchestrator.sandboxes.inside"}
+
+
+def test_a_time_that_the_service_asks_for_is_bounded():
+    """A Retry-After of a day is not slept through; without one, or with rubbish, we wait on our own terms."""
+    error = service_module.sdk().DaytonaError
+    assert service_module.delay_after(error("x", 429, {"retry-after": "7"}), 0) == 7.0
+    assert service_module.delay_after(error("x", 429, {"Retry-After": "86400"}), 0) == service_module.MOST_DELAY_SEC
+    assert 0 < service_module.delay_after(error("x", 429, {"Retry-After": "soon"}), 0) < 1
