@@ -10,6 +10,7 @@ import pytest
 import orchestrator.tasks
 from orchestrator import Role, Rollout, RolloutConfig, Scene, Turn, Usage
 from orchestrator.capture import read_trajectory
+from orchestrator.export import recorded
 from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.script import Say, Shell, Steps, Use
 from orchestrator.gateway.scripted import DIALECTS, ScriptedUpstream
@@ -88,3 +89,7 @@ async def test_three_real_agents_take_turns_in_one_sandbox(tmp_path, require_age
     assert "cat /app/answer.txt" not in "".join(titles[0] + titles[2])
     opened = [r.dest for r in read_journal(result.folder) if isinstance(r, Transition) and r.source == "connecting"]
     assert opened == ["session/acp", "session/factory", "session/acp"]
+    acts = [act for turn in recorded(result.folder).turns for act in turn.acts]
+    assert sum((act.usage for act in acts), Usage()) == counted, "three wire formats, each call in one act"
+    tools = [act.tool_name(step) for act in acts for step in act.tools]
+    assert tools == ["exec_command", "bash", "AskUserQuestion", "Bash"], "as each model called it"
