@@ -260,7 +260,7 @@ WORDS: Final = {
 }
 """The one allowed difference: acp or factory in the names of states, events and transports."""
 
-IDS: Final = frozenset({"session_id", "agent", "time", "scratch"})
+IDS: Final = frozenset({"session_id", "agent", "time", "scratch", "identity"})
 """Ids and paths, and the agent's own name and version, which ACP lets it say and a class has as its name. Times."""
 
 PROSE: Final = frozenset({"message", "stderr", "evidence", "given_back"})
