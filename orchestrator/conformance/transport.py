@@ -260,8 +260,8 @@ WORDS: Final = {
 }
 """The one allowed difference: acp or factory in the names of states, events and transports."""
 
-IDS: Final = frozenset({"session_id", "agent", "time", "scratch", "identity"})
-"""Ids and paths, and the agent's own name and version, which ACP lets it say and a class has as its name. Times."""
+IDS: Final = frozenset({"session_id", "agent", "agent_digest", "identity", "time", "scratch"})
+"""Ids, paths, hashes of inputs, times, and an agent's own name, which ACP lets it say and a class has as its name."""
 
 PROSE: Final = frozenset({"message", "stderr", "evidence", "given_back"})
 """Sentences for people: what an error said (a JSON-RPC code, or a Python class), and how an end was proven (exit
