@@ -214,6 +214,17 @@ def check_docker(machine: Machine) -> Finding:
     return Finding("docker", "missing", said, "start dockerd, or say where it listens with DOCKER_HOST")
 
 
+def check_daytona(machine: Machine) -> Finding:
+    """The Daytona sandbox wants a key of its service; nothing is sent there."""
+    if not machine.has_module(EXTRAS["daytona-sdk"][0]):
+        fix = "pip install 'rollout-orchestrator[daytona-sdk]'"
+        return Finding("daytona", "missing", "its extra is not installed", fix)
+    if not machine.env.get("DAYTONA_API_KEY"):
+        return Finding("daytona", "missing", "DAYTONA_API_KEY is not set", "export DAYTONA_API_KEY=...")
+    where = machine.env.get("DAYTONA_API_URL") or "the service's own address"
+    return Finding("daytona", "ok", f"DAYTONA_API_KEY is set, for {where}; it was not tried")
+
+
 def check_keys(machine: Machine) -> Finding:
     """Which providers have a key here: their names, never a key."""
     from orchestrator.gateway.upstream import PROVIDERS
@@ -236,6 +247,7 @@ CHECKS: tuple[Callable[[Machine], Finding], ...] = (
     check_npm,
     *(lambda machine, name=name: check_extra(machine, name) for name in EXTRAS),
     check_docker,
+    check_daytona,
     check_keys,
 )
 

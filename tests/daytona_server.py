@@ -98,6 +98,10 @@ class Running:
     pid: int
     exit: asyncio.Future
 
+    async def wait(self):
+        """Its exit code; whoever stops waiting takes it from nobody else."""
+        return await asyncio.shield(self.exit)
+
     async def kill(self):
         with contextlib.suppress(Refused, OSError):
             _, status = await self.box.ask({"do": "kill", "pid": self.pid})
@@ -697,7 +701,7 @@ class DaytonaServer:
         try:
             while data := await read_fd(read):
                 said += data
-            return await running.exit, said.decode(errors="replace")
+            return await running.wait(), said.decode(errors="replace")
         except asyncio.CancelledError:
             await running.kill()
             raise
@@ -766,7 +770,7 @@ class DaytonaServer:
         labels = [
             box.spawn(self._label(command, *pair)) for pair in zip((p[0] for p in pipes), (STDOUT, STDERR), strict=True)
         ]
-        await command.process.exit
+        await command.process.wait()
         with contextlib.suppress(OSError):
             os.close(command.stdin)
         await asyncio.gather(*labels)
@@ -899,7 +903,7 @@ class DaytonaServer:
             if fault is not None and fault.close and shown >= fault.after_bytes:
                 await ws.close(code=fault.close, message=b"a test closed it")
                 return
-        code = await process.exit
+        code = await process.wait()
         code = 128 - code if code < 0 else code
         with contextlib.suppress(ConnectionError):
             await ws.send_json({"type": "control", "status": "exited", "exitCode": code})

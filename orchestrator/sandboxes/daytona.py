@@ -61,7 +61,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     "snapshot": "a snapshot that has the task's environment; its resources are its own",
     "channel": "what carries an agent's stdin and stdout: session (the default) or pty, which is faster",
     "agents": "how agents get in: upload (the default), or present where the image has them at the same paths",
-    "agent-user": "who agents are: agent (the default, without privileges), or root of the sandbox",
+    "user": "who agents are: agent (the default, without privileges), or root of the sandbox",
     "python": "the Python in the sandbox, python3 by default",
     "target": "the region of the service",
     "owner": "for `rollout reap`: the host whose dead orchestrators are meant, this one by default",
@@ -90,7 +90,7 @@ def make(spec: SandboxSpec) -> DaytonaSandbox:
     for name, known in (
         ("channel", tuple(LINE_KINDS)),
         ("agents", ("upload", "present")),
-        ("agent-user", ("agent", "root")),
+        ("user", ("agent", "root")),
     ):
         if options.get(name, known[0]) not in known:
             raise ConfigError(f"sandbox daytona: {name} is {' or '.join(known)}, not {options[name]!r}")
@@ -364,7 +364,7 @@ class DaytonaSandbox:
     async def _furnish(self, box: Box) -> None:
         """Bring our own program in, and the agents."""
         await box.upload(inside_files(box.library))
-        agent = self.spec.options.get("agent-user", "agent")
+        agent = self.spec.options.get("user", "agent")
         asked = {"do": "start", "cwd": self.cwd, "inner": self.spec.network in CLOSED, "agent": agent}
         found = await box.ask("setting it up", asked)
         if agent == "agent" and not found["agent_uid"]:

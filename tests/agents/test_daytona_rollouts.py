@@ -3,30 +3,100 @@
 from __future__ import annotations
 
 import pytest
+from same_journal import comparable
+from test_real_acp_agents import SOLVE, assert_closed, assert_keys_stay_out, assert_metered
 
-from orchestrator.gateway.scripted import ShellScript
+from orchestrator.capture import read_trajectory
+from orchestrator.gateway.scripted import Hang, Say, Shell, ShellScript, Steps
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
-SOLVE = "s=0; while read -r n; do s=$((s + n)); done < /app/numbers.txt; echo $s > /app/answer.txt"
 AGENTS = [
     "minimal-acp",
     "minimal",
     *(pytest.param(name, marks=pytest.mark.agents) for name in ("codex-acp", "pydantic-ai", "omnigent")),
 ]
+THERE = {"sandbox": "daytona"}
+
+
+@pytest.fixture
+async def loopback(daytona_service):
+    """The service on loopback: these tests break it."""
+    if daytona_service.server is None:
+        pytest.skip("breaks the service")
+    return daytona_service.server
 
 
 @pytest.mark.parametrize("channel", ["session", "pty"])
 @pytest.mark.parametrize("agent", AGENTS)
-async def test_an_agent_solves_the_demo_task_in_daytona_and_its_usage_is_the_providers_count(
-    play, daytona_service, agent, channel
-):
-    """Reward 1.0 over either transport and channel; tokens are those that the provider counted; nothing is left."""
-    played = await play(
-        agent, ShellScript(SOLVE), sandbox="daytona", sandbox_options={"channel": channel}, usage_tracking="required"
-    )
-    result = played.result
-    assert (result.state, result.reward) == ("closed/rewarded", 1.0), (result.verdict, result.errors, result.notes)
-    assert played.total == played.provider
-    assert played.total.input_tokens > 0
+async def test_a_rollout_in_daytona_is_the_one_in_the_local_sandbox(play, daytona_service, agent, channel):
+    """Reward 1.0, the provider's own count, and the same journal but for ids, times, ports, leases and uploads."""
+    here = await play(agent, ShellScript(SOLVE))
+    there = await play(agent, ShellScript(SOLVE), **THERE, sandbox_options={"channel": channel})
+    for played in (here, there):
+        assert_closed(played, "closed/rewarded", 1.0)
+        assert_metered(played)
+        assert_keys_stay_out(played)
+    uploads = [line for line in comparable(there.folder) if '"text": "uploading ' in line]
+    assert len(uploads) == len([note for note in there.result.notes if note.startswith("uploading ")])
+    assert [line for line in comparable(there.folder) if line not in uploads] == comparable(here.folder)
     assert await daytona_service.left() == []
+
+
+async def test_what_a_timed_out_agent_left_running_earns_nothing(play, loopback):
+    """It detached a process that writes the right answer once the tests begin; that is dead before they do."""
+    late = (
+        f"(setsid sh -c 'while [ ! -e /app/go ]; do sleep 0.02; done; {SOLVE}' </dev/null >/dev/null 2>&1 &); echo on"
+    )
+    alive = []
+
+    async def look(moved):
+        if moved.dest in ("cancelling", "verifying"):
+            (box,) = loopback.boxes.values()
+            _, said = await loopback._run(box, "grep -al 'app/go' /proc/[0-9]*/cmdline | grep -v self | wc -l", "/")
+            alive.append(int(said))
+            if moved.dest == "verifying":
+                (box.root / "app/go").touch()
+
+    played = await play("minimal", Steps(Shell(late), Hang()), **THERE, turn_sec=2, hooks=(look,))
+    assert_closed(played, "closed/rewarded", 0.0)
+    assert played.result.ended_by == "deadline"
+    assert alive[0] > alive[1]
+
+
+async def test_a_sandbox_that_vanishes_in_mid_turn_is_the_sandboxes_failure_and_what_was_said_is_kept(play, loopback):
+    """No reward, the owner named, the turn sealed with what there was."""
+
+    async def vanish(moved):
+        if moved.dest == "executing":
+            for box_id in list(loopback.boxes):
+                await loopback.vanish(box_id)
+
+    played = await play("minimal-acp", Steps(Say("words")), **THERE, hooks=(vanish,))
+    assert_closed(played, "closed/failed", None)
+    assert played.result.verdict.owner == "sandbox", played.result.verdict
+    (segment,) = read_trajectory(played.folder / "trajectory.jsonl")
+    assert segment.sealed is not None
+
+
+@pytest.mark.parametrize(
+    ("break_it", "settings", "said"),
+    [
+        (lambda server: setattr(server, "key", "changed"), {}, "refused the key in DAYTONA_API_KEY"),
+        (lambda server: None, {"image": "example.org/none:1"}, "failed to pull example.org/none:1"),
+        (
+            lambda server: server.fault("POST", "/sandbox", status=403, message="Total CPU limit exceeded", times=9),
+            {},
+            "Total CPU limit exceeded",
+        ),
+    ],
+    ids=["wrong key", "no such image", "quota"],
+)
+async def test_what_the_service_refuses_is_a_verdict_with_its_words(play, loopback, break_it, settings, said):
+    """Owner sandbox, no reward, and no agent was started."""
+    break_it(loopback)
+    played = await play("minimal", ShellScript(SOLVE), **THERE, **settings)
+    assert_closed(played, "closed/failed", None)
+    assert played.result.verdict.owner == "sandbox"
+    assert said in played.result.verdict.reason
+    assert played.calls == ()

@@ -60,7 +60,8 @@ class Fitted(Machine):
 
 def fitted(**changes) -> Fitted:
     """A machine with everything, but for what the test changes."""
-    sound = {"version": (3, 11, 7), "env": {"OPENAI_API_KEY": "sk-secret-of-the-user"}}
+    keys = {"OPENAI_API_KEY": "sk-secret-of-the-user", "DAYTONA_API_KEY": "sk-secret-of-theirs"}
+    sound = {"version": (3, 11, 7), "env": keys}
     return Fitted(**{**sound, **changes})
 
 
@@ -89,6 +90,8 @@ def test_on_a_machine_with_everything_nothing_is_to_fix():
         ("npm", {"failing": frozenset({"npm"})}, "missing", "does not start", "reinstall Node.js"),
         ("docker", {"engine": (False, "no engine answers")}, "missing", "no engine answers", "start dockerd"),
         ("docker", {"modules": frozenset()}, "missing", "its extra is not installed", "pip install"),
+        ("daytona", {"modules": frozenset()}, "missing", "its extra is not installed", "pip install"),
+        ("daytona", {"env": {}}, "missing", "DAYTONA_API_KEY is not set", "export DAYTONA_API_KEY"),
         ("model keys", {"env": {}}, "missing", "no provider's key is set", "export OPENAI_API_KEY"),
     ],
 )

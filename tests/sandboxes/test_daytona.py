@@ -447,7 +447,7 @@ async def test_an_agent_has_no_privilege_and_no_way_to_one(up):
 
 async def test_an_agent_that_is_root_is_a_containers_root(up):
     """By the option: it may install things, and may neither mount nor see the tests."""
-    sandbox, handle = await up(options={"agent-user": "root"})
+    sandbox, handle = await up(options={"user": "root"})
     assert await output(handle, "id -u; chown 7 /etc/hosts && echo may") == "0\nmay\n"
     ours = sandbox.handle("verifier", trusted=True)
     await ours.open()
@@ -573,7 +573,7 @@ def test_options_that_cannot_be_are_mistakes(monkeypatch):
     monkeypatch.setenv("DAYTONA_API_KEY", "key")
     with pytest.raises(ConfigError, match="no option 'color'"):
         check_sandbox("daytona", {"color": "red"})
-    for options, said in (({"channel": "ssh"}, "channel is session or pty"), ({"agent-user": "me"}, "agent or root")):
+    for options, said in (({"channel": "ssh"}, "channel is session or pty"), ({"user": "me"}, "agent or root")):
         with pytest.raises(ConfigError, match=said):
             make_sandbox(SandboxSpec("daytona", "r1", options=options))
     with pytest.raises(ConfigError, match="clean absolute path"):

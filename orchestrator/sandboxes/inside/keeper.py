@@ -429,13 +429,13 @@ def ended(asked: Dict[str, Any]) -> Answer:
             if time.monotonic() > until:
                 raise Failed("PID 1 of its namespace (pid %d there) is still there after SIGKILL" % found[0], "unquiet")
             time.sleep(0.002)
-        evidence.append("PID 1 of handle %s's PID namespace (pid %d there) was killed and is gone" % (name, found[0]))
+        evidence.append("PID 1 of handle %s's PID namespace (pid %d here) was killed and is gone" % (name, found[0]))
     left = [pid for pid in system.living() if namespace and system.namespace_of(pid) == namespace]
     if left:
         raise Failed("processes %s are still in its PID namespace" % ", ".join(map(system.name_of, left)), "unquiet")
     count = len(list(system.pids()))
     number = namespace.partition("[")[2].rstrip("]")
-    evidence.append("none of %d processes in this sandbox is in PID namespace %s" % (count, number))
+    evidence.append("none of %d processes is in PID namespace %s" % (count, number))
     if not asked["trusted"]:
         evidence += put_down_strangers(settings)
     forget(folder + "/pid")
