@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+from orchestrator.capture import read_trajectory
+
 IDS = (
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b"), "UUID"),
     (re.compile(r"\b[0-9a-f]{12}\b"), "ID"),
-    (re.compile(r'("seconds": )[\d.e-]+'), r"\1N"),
+    (re.compile(r'("(?:seconds|steps)": )[\d.e-]+'), r"\1N"),
     (re.compile(r"\(pid \d+ here\)"), "(pid N here)"),
     (re.compile(r"none of \d+ processes is in PID namespace \d+"), "none of N processes is in PID namespace N"),
     (re.compile(r" (exited with code 0|still ran [\d.]+ s) after its stdin was closed"), " saw the end of its stdin"),
@@ -18,7 +20,11 @@ IDS = (
 
 
 def comparable(folder) -> list[str]:
-    """A journal without ids, times, paths, ports and leases: its transitions and notes, a line each."""
+    """A journal without ids, times, paths, ports and leases: its transitions and notes, a line each.
+
+    Steps are not counted: agents tell of their commands and settings when it suits them, during a turn or after it.
+    What was said and done in a turn is compared by `said_and_done`.
+    """
     lines = []
     for line in (folder / "journal.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -31,3 +37,13 @@ def comparable(folder) -> list[str]:
             text = pattern.sub(word, text)
         lines.append(text)
     return lines
+
+
+def said_and_done(folder) -> list[tuple]:
+    """What was said and done in the turns, in order: texts, and tool calls with how each ended."""
+    return [
+        tuple(step.data.get(key) for key in ("type", "text", "title", "status"))
+        for segment in read_trajectory(folder / "trajectory.jsonl")
+        for step in segment.steps
+        if step.data["type"] != "session_update"
+    ]

@@ -16,7 +16,7 @@ from states.events import Failure
 @pytest.mark.parametrize(
     ("sandbox", "sentence"),
     [
-        ("docker", "sandbox 'docker' is not known; give local, fake, or module:Class"),
+        ("dokcer", "sandbox 'dokcer' is not known; give .*docker"),
         ("nowhere:Nothing", "sandbox 'nowhere:Nothing' cannot be imported"),
         ("math:pi", "sandbox 'math:pi' is a float, which cannot be called"),
     ],

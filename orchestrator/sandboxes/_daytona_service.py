@@ -198,10 +198,16 @@ class Box:
     name: str
     library: str = attrs.field(factory=lambda: f"/tmp/rollout-{secrets.token_hex(8)}")  # noqa: S108 - in the sandbox
     python: str = "python3"
+    lost: Callable[[str], None] = lambda _why: None
+    """Is told why, when a call finds that the sandbox is gone."""
 
     async def steadily(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        """As `Service.steadily`, where a 404 means that the sandbox is gone."""
-        return await self.service.steadily(what, call, gone=self.name)
+        """As `Service.steadily`, where a 404 means that the sandbox is gone: whoever finds that out tells its owner."""
+        try:
+            return await self.service.steadily(what, call, gone=self.name)
+        except Gone as exc:
+            self.lost(str(exc))
+            raise
 
     def launch(self, request: str) -> str:
         """The shell command that hands a request to the keeper."""

@@ -357,6 +357,7 @@ class DaytonaSandbox:
         finally:
             recipe.close()
         box.python = self.spec.options.get("python", "python3")
+        box.lost = self.spec.lost
         for note in recipe.notes:
             self.spec.note(note)
         return box

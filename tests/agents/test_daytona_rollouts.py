@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from same_journal import comparable
+from same_journal import comparable, said_and_done
 from test_real_acp_agents import SOLVE, assert_closed, assert_keys_stay_out, assert_metered
 
 from orchestrator.capture import read_trajectory
@@ -40,6 +40,7 @@ async def test_a_rollout_in_daytona_is_the_one_in_the_local_sandbox(play, dayton
     uploads = [line for line in comparable(there.folder) if '"text": "uploading ' in line]
     assert len(uploads) == len([note for note in there.result.notes if note.startswith("uploading ")])
     assert [line for line in comparable(there.folder) if line not in uploads] == comparable(here.folder)
+    assert said_and_done(there.folder) == said_and_done(here.folder)
     assert await daytona_service.left() == []
 
 
@@ -53,7 +54,7 @@ async def test_what_a_timed_out_agent_left_running_earns_nothing(play, loopback)
     async def look(moved):
         if moved.dest in ("cancelling", "verifying"):
             (box,) = loopback.boxes.values()
-            _, said = await loopback._run(box, "grep -al 'app/go' /proc/[0-9]*/cmdline | grep -v self | wc -l", "/")
+            _, said = await loopback._run(box, "grep -als 'app/go' /proc/[0-9]*/cmdline | grep -v self | wc -l", "/")
             alive.append(int(said))
             if moved.dest == "verifying":
                 (box.root / "app/go").touch()
@@ -64,11 +65,12 @@ async def test_what_a_timed_out_agent_left_running_earns_nothing(play, loopback)
     assert alive[0] > alive[1]
 
 
-async def test_a_sandbox_that_vanishes_in_mid_turn_is_the_sandboxes_failure_and_what_was_said_is_kept(play, loopback):
-    """No reward, the owner named, the turn sealed with what there was."""
+@pytest.mark.parametrize("state", ["executing", "capturing/whole", "quiescing", "verifying"])
+async def test_a_sandbox_that_vanishes_is_the_sandboxes_failure_and_what_was_said_is_kept(play, loopback, state):
+    """No reward, the owner named, the turn sealed with what there was, whoever finds out first."""
 
     async def vanish(moved):
-        if moved.dest == "executing":
+        if moved.dest == state:
             for box_id in list(loopback.boxes):
                 await loopback.vanish(box_id)
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import requirements
 from docker_images import DEBIAN
-from same_journal import comparable
+from same_journal import comparable, said_and_done
 from test_real_acp_agents import DEMO, SOLVE, assert_closed, assert_keys_stay_out, assert_metered
 
 from orchestrator.gateway.scripted import ShellScript
@@ -43,6 +43,7 @@ async def test_a_rollout_in_docker_is_the_one_in_the_local_sandbox(play, demo, a
         assert_metered(played)
         assert_keys_stay_out(played)
     assert comparable(there.folder) == comparable(here.folder)
+    assert said_and_done(there.folder) == said_and_done(here.folder)
     assert COUNTS.sub(r"\1N", "\n".join(comparable(there.folder))) == snapshot
 
 
