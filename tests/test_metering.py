@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import anyio.from_thread
 import attrs
 import pytest
@@ -83,6 +87,29 @@ def test_a_budget_that_nobody_would_keep_is_refused(budgets):
     """Tokens and cost are seen at the gateway; without it the limit would be silently none."""
     with pytest.raises(ConfigError, match="usage_tracking is off"):
         rollout(sandbox=FakeSandbox(), usage_tracking="off", budgets=budgets)
+
+
+@pytest.mark.sandbox
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_temporary_folder_with_a_long_path_is_no_trouble(tmp_path, monkeypatch):
+    """The path of a socket is short by the kernel's rule; TMPDIR's, in a batch job or a test, need not be."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    async with ScriptedUpstream(ShellScript(DEMO_COMMAND), apis=["openai-chat"]) as model:
+        upstream = Upstream("scripted", model.url, ["openai-chat"])
+        config = RolloutConfig(task=demo_task(), agent="minimal-acp", upstream=upstream, out=tmp_path / "runs")
+        result = await Rollout(config).run()
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), (result.verdict, result.errors)
+    assert result.usage.total.tokens == model.usage.tokens > 0
+    (held,) = {
+        lease["handle"]["socket"]
+        for line in (result.folder / "journal.jsonl").read_text().splitlines()
+        if "socket" in ((lease := json.loads(line).get("lease") or {}).get("handle") or {})
+    }
+    assert not Path(held).parent.exists()
+    assert list(deep.iterdir()) == []
 
 
 # --- an endpoint that is brought along ---------------------------------------------------------------------------

@@ -23,7 +23,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
+import socket
+import stat
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -63,7 +66,6 @@ PAID_SEC = 600.0
 """How long a call under a budget may still be read whose client has hung up."""
 
 _WHOSE_KEY = "unknown or revoked key: this gateway takes the key of a running rollout"
-_SOCKET_PATH_MAX = 107
 
 
 class Gateway:
@@ -88,8 +90,6 @@ class Gateway:
         leases: LeaseBook | None = None,
         litellm_env: Mapping[str, str] | None = None,
     ) -> None:
-        if socket_path and len(str(socket_path)) > _SOCKET_PATH_MAX:
-            raise ConfigError(f"the gateway's socket path is longer than {_SOCKET_PATH_MAX} bytes: {socket_path}")
         self.socket_path, self.port = socket_path, port
         self._drain_sec, self._proxy = drain_sec, proxy
         self._grants: dict[str, Grant] = {}
@@ -134,7 +134,7 @@ class Gateway:
             try:
                 await web.TCPSite(runner, "127.0.0.1", self.port).start()
                 if self.socket_path:
-                    await web.UnixSite(runner, self.socket_path).start()
+                    await web.SockSite(runner, _bound(self.socket_path)).start()
             except OSError as error:
                 raise ConfigError(f"the gateway cannot listen: {error}") from error
             self.port = runner.addresses[0][1]
@@ -411,3 +411,24 @@ def _failure(form: Format, status: int, message: str) -> web.Response:
 
 def _some(headers: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
     return {name: headers[name] for name in names if name in headers}
+
+
+def _bound(path: Path) -> socket.socket:
+    """A unix socket at `path`, in place of a stale one.
+
+    Bound below a descriptor of its folder: the kernel takes no name beyond 107 bytes, and a path may be longer.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    os.unlink(path.name, dir_fd=folder)
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.close(folder)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 
 import aiohttp
 import anyio
@@ -365,13 +366,18 @@ def test_a_sink_that_fails_stops_no_call_and_is_remembered():
     asyncio.run(scenario())
 
 
-def test_it_listens_on_a_unix_socket_as_well(tmp_path):
-    """Sandboxes without a network reach it through a bound socket; it is gone after stop."""
+@pytest.mark.parametrize("folder", ["short", "long" * 30])
+def test_it_listens_on_a_unix_socket_as_well(folder, tmp_path, monkeypatch):
+    """Sandboxes without a network reach it through a bound socket, however long its path; it is gone after stop."""
 
     async def scenario():
-        path = tmp_path / "gateway.sock"
+        path = tmp_path / folder / "gateway.sock"
+        path.parent.mkdir()
+        monkeypatch.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path.name)
         async with Bench(Always(Say(WORDS)), socket_path=path) as bench:
-            connector = aiohttp.UnixConnector(str(path))
+            connector = aiohttp.UnixConnector(path.name)
             async with aiohttp.ClientSession(connector=connector) as client:
                 header = {"x-api-key": bench.meter.key}
                 url = "http://gateway/v1/messages"
