@@ -126,11 +126,23 @@ def host_env(python: Path, env: Mapping[str, str]) -> dict[str, str]:
 def host_run(
     python: Path, program: str, *args: str, env: Mapping[str, str], cwd: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of a host's environment to its end."""
+    """Run a program of a host's environment to its end. One that does not end fails the test with what it printed."""
     argv = [str(python.parent / program), *args]
-    return subprocess.run(
-        argv, cwd=cwd, env=host_env(python, env), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    try:
+        return subprocess.run(
+            argv,
+            cwd=cwd,
+            env=host_env(python, env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = "\n".join((part or b"").decode(errors="replace")[-10_000:] for part in (error.stdout, error.stderr))
+        pytest.fail(f"{program} {' '.join(args)[:200]} did not end in {timeout:g} s; it printed:\n{said}")
 
 
 if __name__ == "__main__":  # make them all beforehand: python tests/hosts.py [NAME...]

@@ -4,7 +4,8 @@ It listens on a unix socket, takes calls from its parent only, and answers them 
 so that to the gateway it is one more upstream. Importing litellm costs seconds of CPU and stalls an event loop, which
 is why it happens here and nowhere else. It ends when its parent does: its stdin then ends.
 
-Started as `python -m orchestrator.gateway.litellm_child SOCKET`; the first line of stdin is the key that it takes.
+Started as `python -m orchestrator.gateway.litellm_child FOLDER`, in that folder, where its socket will be; the first
+line of stdin is the key that it takes.
 Standard output carries one word, `ready`; everything that litellm prints goes to standard error.
 """
 
@@ -29,6 +30,8 @@ from orchestrator.gateway.portable import portable
 
 JSON = dict[str, Any]
 
+SOCKET = "s"
+"""Its name in the folder: by a path, which may be longer than the kernel takes, it would not always be found."""
 SETTINGS = "x-rollout-settings"
 """The request header with litellm's own arguments (model, api_base, api_key, ...) as JSON."""
 
@@ -181,8 +184,8 @@ def main() -> None:
     ready = os.dup(1)
     os.dup2(2, 1)
     key = sys.stdin.buffer.readline().decode().strip()
-    threading.Thread(target=_end_with_parent, args=(Path(sys.argv[1]).parent,), daemon=True).start()
-    asyncio.run(_serve(sys.argv[1], key, ready))
+    threading.Thread(target=_end_with_parent, args=(Path(sys.argv[1]),), daemon=True).start()
+    asyncio.run(_serve(SOCKET, key, ready))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import aiohttp
 import attrs
 
+from orchestrator.gateway.litellm_child import SOCKET
 from orchestrator.gateway.upstream import require_litellm
 from states.errors import OrchestratorError
 
@@ -135,7 +136,10 @@ class LitellmProcess:
                     self._leases.returned(KIND, name)
                 raise
             timeout = aiohttp.ClientTimeout(total=None)
-            client = aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(folder / "s"), limit=0), timeout=timeout)
+            place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, place)
+            connector = aiohttp.UnixConnector(f"/proc/self/fd/{place}/{SOCKET}", limit=0)
+            client = aiohttp.ClientSession(connector=connector, timeout=timeout)
             return _Running(name, process, client, key, stack.pop_all())
 
     async def _spawn(self, folder: Path, key: str) -> asyncio.subprocess.Process:
@@ -144,7 +148,7 @@ class LitellmProcess:
         env = {**inherited, "HOME": str(folder), "PYTHONPATH": _HERE, **self._env, **_SETTINGS}
         with (folder / "stderr").open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "orchestrator.gateway.litellm_child", str(folder / "s"),
+                sys.executable, "-m", "orchestrator.gateway.litellm_child", str(folder),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=stderr,
                 env=env, cwd=folder, start_new_session=True,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any
 from inspect_ai import eval as evaluate
 from inspect_ai.log import read_eval_log
 from inspect_local import demo
+from late import LATE_SEC
 
 from orchestrator.config import Role, Scene, Turn
 from orchestrator.embed.inspect import rollout_agent
@@ -40,7 +41,7 @@ TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "factory": ({"agent": "minimal"}, {}),
     "acp": ({"agent": "minimal-acp"}, {}),
     "scene": ({"scene": SCENE}, {}),
-    "late": ({"agent": "minimal"}, {"time_limit": 8}),
+    "late": ({"agent": "minimal"}, {"time_limit": LATE_SEC}),
     "tokens": ({"agent": "minimal"}, {"token_limit": 100}),
     "refused": ({"agent": "minimal"}, {}),
     "cancelled": ({"agent": "minimal", "out": LOGS / "runs", "hooks": (partial(cancel, LOGS / "runs"),)}, {}),

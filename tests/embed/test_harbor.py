@@ -12,6 +12,7 @@ import anyio
 import attrs
 import pytest
 from hosts import host_env, host_python, host_run, once
+from late import LATE_SEC
 from trials import HERE, KEY, TRIAL_SEC, counted, left_in, passed, provider, run_counted, scratch
 
 from orchestrator.journal import read_journal
@@ -25,7 +26,7 @@ TRIALS = {
     "factory": {"kwargs": {"agent": "minimal"}},
     "acp": {"kwargs": {"agent": "minimal-acp"}},
     "scene": {"kwargs": {"scene": str(HERE / "scene.toml")}},
-    "late": {"kwargs": {"agent": "minimal"}, "override_timeout_sec": 6},
+    "late": {"kwargs": {"agent": "minimal"}, "override_timeout_sec": LATE_SEC},
     "refused": {"kwargs": {"agent": "minimal"}},
 }
 """Harbor's agent configs. The model's name is the trial's."""
@@ -201,19 +202,33 @@ def test_a_host_that_is_interrupted_gets_everything_back(tmp_path):
             late = {"kwargs": {"agent": "minimal-acp"}}
             argv = [str(python.parent / "harbor"), "run", "-c", job(tmp_path, late=late), "--yes", "--quiet"]
             env = {"PYTHONPATH": str(HERE), "TMPDIR": str(scratch(tmp_path)), **models_at(f"{model.url}/v1")}
-            async with await anyio.open_process(
-                argv, env=host_env(python, env), cwd=tmp_path, stderr=subprocess.STDOUT
-            ) as process:
-                with anyio.fail_after(TRIAL_SEC):
+            with (tmp_path / "output.txt").open("wb") as output:
+                process = await anyio.open_process(
+                    argv,
+                    env=host_env(python, env),
+                    cwd=tmp_path,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
+            async with process:
+                with anyio.move_on_after(TRIAL_SEC):
                     while not model.calls:  # its turn is in flight
-                        assert process.returncode is None, "Harbor ended before its agent was at work"
+                        assert process.returncode is None, f"Harbor ended before it was at work: {told(tmp_path)}"
                         await anyio.sleep(0.05)
                     os.kill(process.pid, signal.SIGINT)
                     await process.wait()
+                assert process.returncode is not None, f"Harbor did not end in {TRIAL_SEC} s: {told(tmp_path)}"
 
     anyio.run(main)
     (journal,) = tmp_path.glob("job/*/rollout/*/journal.jsonl")
     folded = fold(read_journal(journal))
-    assert folded.position.state == "closed/cancelled"
+    assert folded.position.state == "closed/cancelled", told(tmp_path)
     assert folded.leases == {}
     assert left_in(tmp_path, "harbor-local") == []
+
+
+def told(folder: Path) -> str:
+    """What Harbor printed, and what it and the rollout wrote down of how its trial ended."""
+    parts = [folder / "output.txt", *folder.glob("job/*/exception.txt"), *folder.glob("job/*/rollout/*/result.json")]
+    return "\n".join(f"--- {part.name}\n{part.read_text(errors='replace')[-5000:]}" for part in parts if part.exists())

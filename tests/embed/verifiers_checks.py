@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import verifiers.v1 as vf
+from late import LATE_SEC
 from verifiers.v1.clients import EvalClientConfig
 from verifiers.v1.configs.agent import TimeoutConfig
 from verifiers.v1.runtimes.subprocess import SubprocessConfig
@@ -20,7 +21,7 @@ TRIALS = {
     "factory": ({"agent": "minimal"}, {}),
     "acp": ({"agent": "minimal-acp"}, {}),
     "scene": ({"scene": str(Path(__file__).parent / "scene.toml")}, {}),
-    "late": ({"agent": "minimal"}, {"timeout": TimeoutConfig(rollout=5)}),
+    "late": ({"agent": "minimal"}, {"timeout": TimeoutConfig(rollout=LATE_SEC)}),
     "turns": ({"agent": "minimal"}, {"max_turns": 1}),
     "refused": ({"agent": "minimal"}, {}),
     "nobody": ({}, {}),

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,8 +290,11 @@ def test_when_it_dies_the_call_says_so_and_the_next_one_has_a_new_process(stage)
     stage.run(scenario())
 
 
-def test_the_process_is_gone_after_stop(tmp_path):
-    """Its lease is returned, its pid is free, its folder removed."""
+def test_the_process_is_gone_after_stop(tmp_path, monkeypatch):
+    """Its lease is returned, its pid is free, its folder removed: also one with a path too long for a socket's name."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
 
     async def scenario():
         leases = Leases()
@@ -302,6 +306,7 @@ def test_the_process_is_gone_after_stop(tmp_path):
         await gateway.stop()
         assert not alive(pid)
         assert [entry[0] for entry in leases.told] == ["intend", "hold", "returned"]
+        assert list(deep.iterdir()) == []
 
     asyncio.run(scenario())
 
@@ -378,24 +383,25 @@ def test_translated_calls_of_concurrent_rollouts_do_not_mix(stage):
 def test_the_process_ends_when_its_parent_is_killed(tmp_path):
     """`kill -9` leaves no orphan: the end of its stdin is enough."""
     program = (
-        "import asyncio, time\n"
+        "import asyncio, os, time\n"
         "from orchestrator.gateway.server import Gateway\n"
         "async def main():\n"
         "    gateway = Gateway()\n"
         "    await gateway.start()\n"
         "    client, _ = await gateway.litellm.client()\n"
-        "    print(gateway.litellm.pid, client.connector.path, flush=True)\n"
+        "    print(gateway.litellm.pid, os.path.realpath(os.path.dirname(client.connector.path)), flush=True)\n"
         "    time.sleep(600)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
-        pid, socket = parent.stdout.readline().decode().split()
+        pid, folder = parent.stdout.readline().decode().split()
         child = os.pidfd_open(int(pid))
+        assert Path(folder, "s").is_socket()
         parent.kill()
     ended, _, _ = select.select([child], [], [], 10)
     os.close(child)
     assert ended
-    assert not Path(socket).parent.exists()
+    assert not Path(folder).exists()
 
 
 def test_a_litellm_that_does_not_start_says_why():
