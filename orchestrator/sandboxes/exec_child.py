@@ -489,7 +489,7 @@ class Keeper:
 
         self.threading = threading
         self.folder, self.listener = folder, listener
-        self.lock, self.born = threading.Lock(), threading.Event()
+        self.lock, self.spawning, self.born = threading.Lock(), threading.Lock(), threading.Event()
         self.processes: dict[int, Process] = {}
         self.runs: dict[str, Process] = {}
         self.channels: dict[str, Channel] = {}
@@ -554,11 +554,14 @@ class Keeper:
         if do == "run":
             return self.to_its_end(asked, conn)
         if do == "spawn":
-            if asked["id"] not in self.channels:
-                self.channels[asked["id"]] = channel = Channel(self.start(asked, stdin=True))
-                self.aside(channel.carry)
+            with self.spawning:  # a call that got lost may still be under way when it is made again
+                if asked["id"] not in self.channels:
+                    self.channels[asked["id"]] = channel = Channel(self.start(asked, stdin=True))
+                    self.aside(channel.carry)
             return {}
-        answer: dict[str, Any] = getattr(self.channels[asked["id"]], f"do_{do}")(asked)
+        channel = self.channels[asked["id"]]
+        channel.asked_at = time.monotonic()
+        answer: dict[str, Any] = getattr(channel, f"do_{do}")(asked)
         return answer
 
     def start(self, asked: dict[str, Any], *, stdin: bool = False) -> Process:
@@ -677,7 +680,7 @@ class Channel:
         self.out, self.out_from, self.out_ended = bytearray(), 0, False
         self.into, self.received, self.close_at, self.shut = bytearray(), 0, -1, False
         self.errors, self.errors_total = bytearray(), 0
-        self.asked_at = time.monotonic()
+        self.asked_at = time.monotonic()  # when a call last came, however soon it was answered
         self.woken, self.wake = os.pipe()
         os.set_blocking(self.wake, False)
 
@@ -732,8 +735,7 @@ class Channel:
 
     def waited(self, until: float) -> bool:
         """Wait for a change; False once time is up."""
-        self.asked_at = time.monotonic()
-        left = until - self.asked_at
+        left = until - time.monotonic()
         return left > 0 and (self.changed.wait(left) or True)
 
     def news(self, asked: dict[str, Any]) -> dict[str, Any]:

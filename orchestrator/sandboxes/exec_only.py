@@ -638,8 +638,11 @@ def _unpacked(archive: Path, sandbox: str, source: str, target: Path) -> None:
 
 def _extracted(tar: tarfile.TarFile, folder: Path) -> list[tuple[list[str], int]]:
     """Unpack below `folder/copy`, links after files so that nothing is written through one; the folders' modes."""
-    links, modes = [], []
+    links, modes, room = [], [], exec_child.PACK_BYTES
     for member in tar:
+        room -= member.size
+        if room < 0:  # said by whoever packed it to be less, or full of holes
+            raise SandboxError(f"it holds more than {exec_child.PACK_BYTES >> 30} GiB, which is too much to download")
         top, *path = member.name.split("/")
         if top != "copy" or ".." in path or "" in path:
             raise PathEscape(f"an archive of a sandbox has an entry {member.name!r}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import shlex
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -282,3 +284,66 @@ def test_a_channel_that_nobody_asks_after_is_ended(monkeypatch):
         exec_child.Channel(process).carry()
         burying.join()
         assert process.code == -9
+
+
+class Kept:
+    """A keeper in this process, with one channel over a process that has said something."""
+
+    def __init__(self, popen):
+        self.keeper = exec_child.Keeper("/nowhere", None)
+        self.channel = self.keeper.channels["c"] = exec_child.Channel(exec_child.Process(popen))
+        self.channel.out += b"said"
+
+    def ask(self, do, **asked):
+        return self.keeper.answer({"do": do, "id": "c", "wait": 0.0, "errors": 0, **asked}, None)
+
+
+@pytest.mark.parametrize(
+    ("do", "asked"), [("read", {"have": 0}), ("wait", {}), ("write", {"at": 0, "data": "eA=="}), ("close", {"at": 0})]
+)
+def test_whoever_asks_is_alive_also_when_the_answer_is_there_at_once(do, asked):
+    """An agent that never stops talking is not ended for it: none of its host's calls has to wait."""
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as popen:
+        kept = Kept(popen)
+        kept.channel.asked_at = 0.0
+        kept.ask(do, **asked)
+        assert kept.channel.asked_at > 0.0
+        kept.channel.process.close()
+
+
+def test_a_start_that_is_asked_for_twice_at_once_happens_once(monkeypatch):
+    """The first call got lost for us, and is still under way inside."""
+    begun, go_on, started = threading.Event(), threading.Event(), []
+
+    def start(_self, asked, *, stdin):
+        started.append(asked["id"])
+        begun.set()
+        go_on.wait(30)
+        return exec_child.Process(None)
+
+    monkeypatch.setattr(exec_child.Keeper, "start", start)
+    monkeypatch.setattr(exec_child.Channel, "carry", lambda _self: None)
+    keeper = exec_child.Keeper("/nowhere", None)
+    calls = [threading.Thread(target=keeper.answer, args=({"do": "spawn", "id": "c"}, None)) for _ in range(2)]
+    calls[0].start()
+    begun.wait(30)
+    calls[1].start()
+    calls[1].join(0.2)  # it waits for the first; where it does not, it has started the same once more by now
+    go_on.set()
+    for call in calls:
+        call.join()
+    assert started == ["c"]
+
+
+def test_an_archive_of_a_sandbox_cannot_fill_this_disk(tmp_path, monkeypatch):
+    """Whoever packed it inside may have been the agent's own program: what it holds is counted here too."""
+    monkeypatch.setattr(exec_child, "PACK_BYTES", 1000)
+    with tarfile.open(tmp_path / "archive", "w") as archive:
+        for name in ("copy/a", "copy/b"):
+            info = tarfile.TarInfo(name)
+            info.size = 600
+            archive.addfile(info, io.BytesIO(bytes(600)))
+    (tmp_path / "copy").mkdir()
+    with tarfile.open(tmp_path / "archive") as archive, pytest.raises(SandboxError, match="too much to download"):
+        exec_only._extracted(archive, tmp_path)
+    assert not (tmp_path / "copy" / "b").exists()
