@@ -83,8 +83,8 @@ class Telling:
     _redact: Callable[[str], str] = str
     _open: list[Any] = attrs.field(factory=list, init=False)
     """The rollout's span and that of the state in which it stands."""
-    _stays: list[tuple[float, Any, list[Call]]] = attrs.field(factory=list, init=False)
-    """Every stay so far: since when, its span, and the model calls that began in it."""
+    _stays: list[tuple[float, Any, list[tuple[str, Usage]]]] = attrs.field(factory=list, init=False)
+    """Every stay so far: since when, its span, and format and usage of the model calls that began in it."""
     _role: str = attrs.field(default="", init=False)
     _session: str = attrs.field(default="", init=False)
 
@@ -118,7 +118,7 @@ class Telling:
         """A model call ended: its span stands below the state in which it began."""
         model = call.model or call.upstream_model
         _, parent, calls = next((stay for stay in reversed(self._stays) if stay[0] <= call.began), self._stays[0])
-        calls.append(call)
+        calls.append((call.api, call.counted))  # and not what was said in it, which would add up
         span = self._spans.open(f"chat {model}".strip(), "client", call.began, self._known(_of_call(call)), parent)
         if call.error:
             span.set({"error.type": str(call.status or "error")})
@@ -166,7 +166,8 @@ class Telling:
             "rollout.stop": getattr(event, "stop", None),
         }
         if moved.source == "executing" and calls:
-            about |= {"gen_ai.provider.name": PROVIDERS.get(calls[0].api), **_of_usage(_sum(calls))}
+            total = sum((counted for _, counted in calls), Usage())
+            about |= {"gen_ai.provider.name": PROVIDERS.get(calls[0][0]), **_of_usage(total)}
         if isinstance(event, Captured):
             about |= {
                 "rollout.complete": event.complete,
@@ -195,10 +196,6 @@ def _scores(event: Event) -> dict[str, float]:
     if isinstance(event, Verified):
         return {"reward": event.reward, **event.rewards}
     return dict(event.feedback or {}) if isinstance(event, Checked) else {}
-
-
-def _sum(calls: list[Call]) -> Usage:
-    return sum((call.counted for call in calls), Usage())
 
 
 def _of_usage(used: Usage) -> Attributes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import enum
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import anyio
@@ -21,6 +23,7 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as co
 
 from orchestrator import Role, Rollout, RolloutConfig, Scene, Turn
 from orchestrator.export import document
+from orchestrator.export.recorded import Call
 from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.script import Fail, Say, Shell, Steps
 from orchestrator.gateway.scripted import ScriptedUpstream
@@ -179,6 +182,30 @@ def test_a_reward_is_an_evaluation_result(host):
     (scored,) = verifying.events
     assert scored.name == "gen_ai.evaluation.result"
     assert dict(scored.attributes) == {"gen_ai.evaluation.name": "reward", "gen_ai.evaluation.score.value": 1.0}
+
+
+def test_what_was_said_in_a_model_call_is_not_kept_for_its_span(host, monkeypatch):
+    """A trace's memory does not grow with the conversation."""
+    seen, read = [], Call.of
+
+    def of(line):
+        seen.append(weakref.ref(call := read(line)))
+        return call
+
+    monkeypatch.setattr(Call, "of", of)
+    rollout = build("session-factory").rollout
+    telemetry = rollout._world.telemetry
+
+    async def driven():
+        async for moved in rollout.run_iter():
+            if moved.dest == "executing":
+                telemetry.called({"call": 1, "time": moved.time, "api": "openai-chat", "usage": None})
+                assert len(host.named("chat")) == 1
+                gc.collect()
+                assert [ref() for ref in seen] == [None]
+
+    anyio.run(driven)
+    assert seen
 
 
 # --- what went wrong -----------------------------------------------------------------------------------------------
