@@ -5,6 +5,43 @@
     result = await Rollout(RolloutConfig(task="tasks/hello", agent="codex-acp", model="openai/gpt-5")).run()
 
 Importing this opens no file, starts no thread and touches no logger, signal handler, environment variable or loop.
+
+An agent that lives in your process is an `Agent`, whose `connect` gives a `Session`:
+
+    >>> class Echo:
+    ...     def __init__(self):
+    ...         self.steps, self.on_change, self.ask = [], None, None
+    ...     async def connect(self, sandbox: SandboxHandle, role: str) -> Session:
+    ...         return self
+    ...     def capabilities(self) -> AgentCapabilities:
+    ...         return AgentCapabilities(ask_user=True)
+    ...     async def prompt(self, text: str) -> StopReason:
+    ...         self.steps.append({"type": "agent_message", "text": text})
+    ...         return "end_turn"
+    ...     async def cancel(self) -> None: ...
+    ...     def on_ask_user(self, handler) -> None:
+    ...         self.ask = handler
+    >>> agent: Agent = Echo()
+    >>> isinstance(agent, Session)
+    True
+
+A host brings a `Sandbox` (or an `ExecSandbox`), is told of each `Transition`, and answers each `AskUserRequest`:
+
+    >>> moves = []
+    >>> def told(moved: Transition) -> None:
+    ...     moves.append((moved.event.name, moved.dest))
+    >>> def answer(asked: AskUserRequest) -> str:
+    ...     return asked.options[0]
+    >>> async def host(sandbox: Sandbox | ExecSandbox) -> RolloutResult:
+    ...     parts = {"sandbox": sandbox, "hooks": (told,), "on_ask_user": answer, "out": None}
+    ...     return await Rollout(RolloutConfig(prompt="Do it.", agent="scripted", **parts)).run()
+
+    >>> import anyio
+    >>> from orchestrator.sandboxes.fake import FakeSandbox
+    >>> anyio.run(host, FakeSandbox()).verdict
+    Verdict(owner='agent', reason='not verified here: the host has its own verifier')
+    >>> moves[-1]
+    ('Released', 'closed/unverified')
 """
 
 from orchestrator.budgets import Budgets

@@ -66,6 +66,9 @@ class Role:
 
     `turn_sec` bounds one turn by wall clock, `idle_sec` its longest silence; None takes the rollout's. `budgets` are
     for all turns of the role together. `env` wins over the rollout's `env`.
+
+    >>> Role("coder", "codex-acp", "openai/gpt-5", turn_sec=600, budgets=Budgets(cost=1.5)).turn_sec
+    600
     """
 
     name: str = attrs.field(validator=_safe)
@@ -84,7 +87,11 @@ def _one_turn(_instance: Any, _attribute: Any, budgets: Budgets) -> None:
 
 @attrs.frozen
 class Turn:
-    """One prompt to one role. Without a prompt the role gets the task's instruction; `budgets` are this turn's own."""
+    """One prompt to one role. Without a prompt the role gets the task's instruction; `budgets` are this turn's own.
+
+    >>> Scene((Role("coder", "oracle"),), (Turn("coder"), Turn("coder", "Look again."))).turns[1].prompt
+    'Look again.'
+    """
 
     role: str
     prompt: str | None = None
@@ -133,6 +140,10 @@ class DirectorRole:
         brief: Who it is, what it wants, and what it alone knows. Told to it once, before anything else.
         limit: It leads until so many turns were taken in all; None leaves that to `max_turns`.
         checks: How many soft verifications it may ask for.
+
+    >>> user = DirectorRole(Role("user", "model-user", "openai/gpt-5-mini"), "You are impatient.", limit=6)
+    >>> RolloutConfig(prompt="Find the order.", agent="oracle", director=user).the_director().limit
+    6
     """
 
     role: Role
@@ -186,15 +197,23 @@ class RolloutConfig:
             `model_user` makes, or the name of a role of the scene that takes no turns.
         max_turns, max_checks: bounds on what a director may ask for; `budgets.turns` goes before the first.
         plan: the same at the level of `states.ports.Plan`. Without either, the scene's turns are taken in order.
-        journal: where journal lines go instead of `journal.jsonl`.
+        journal: where journal lines go instead of `journal.jsonl`: an object with `write(line: bytes)` and `close()`.
         registry: the agents that can be named.
         max_connects, max_verifies: how often an agent is connected without a turn taken, and a verifier run.
         made_from: what this config was made from, in JSON's values, for whoever makes it again when the rollout is
             resumed (`orchestrator.recovery.resume`); kept in `config.json` and the journal's first line.
-        clock, monotonic, new_id: wall-clock seconds, seconds for limits, and ids; a test brings its own.
+        clock, monotonic, new_id: seconds since the epoch, seconds for limits, and ids; a host may bring its own.
 
     Raises:
         ConfigError: what is asked for cannot work.
+
+    Example:
+        >>> config = RolloutConfig(prompt="Do it.", agent="scripted", turn_sec=60, out=None)
+        >>> config.the_scene().turns
+        (Turn(role='agent', prompt=None, budgets=Budgets()),)
+        >>> RolloutConfig(prompt="Do it.", agent="scripted", turn_sec=-1)
+        Traceback (most recent call last):
+        states.errors.ConfigError: RolloutConfig: turn_sec must be seconds > 0 or None, not -1
     """
 
     task: Any = None

@@ -65,9 +65,9 @@ def read_answer(answer: str, roles: Sequence[str], last: str | None = None, *, c
     r"""A director's answer as its decision; `last` is the role that spoke last. Raises `Unclear`.
 
     >>> read_answer("Please review it.", ["reviewer"])
-    Turn(role='reviewer', prompt='Please review it.')
+    Turn(role='reviewer', prompt='Please review it.', budgets=Budgets())
     >>> read_answer("TO coder:\nMend it.", ["coder", "reviewer"])
-    Turn(role='coder', prompt='Mend it.')
+    Turn(role='coder', prompt='Mend it.', budgets=Budgets())
     >>> read_answer("Thank you.\nDONE", ["coder"]).why
     'Thank you.'
     """

@@ -10,6 +10,7 @@ one line of `ConfigError`.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -390,7 +391,13 @@ def _near(name: str, known: list[str]) -> str:
 
 @attrs.define(eq=False)
 class Registry:
-    """Agents by name. A rollout's config carries one; `copy` keeps two orchestrators in one process apart."""
+    """Agents by name. A rollout's config carries one; `copy` keeps two orchestrators in one process apart.
+
+    Example:
+        >>> mine: Registry = default_registry().copy()
+        >>> mine.register("oracle", protocol="acp", launch=["sh"]).protocol, default_registry().get("oracle").protocol
+        ('acp', 'session-factory')
+    """
 
     _agents: dict[str, AgentConfig] = attrs.field(factory=dict)
     _broken: dict[str, ConfigError] = attrs.field(factory=dict)
@@ -448,27 +455,42 @@ class Registry:
 
 
 _default: Registry | None = None
+_making = threading.RLock()
 
 
 def default_registry() -> Registry:
     """The process's registry: what ships here and what entry points bring, read when it is first asked for."""
     global _default  # noqa: PLW0603 - the only module-level state of the project (design rule 12)
-    if _default is None:
-        _default = _shipped()
-    return _default
+    with _making:  # of two threads that ask first, one would else register its agents where nobody looks
+        if _default is None:
+            _default = _shipped()
+            _bring(_default)
+        return _default
 
 
 def _shipped() -> Registry:
-    from importlib.metadata import entry_points
-
     registry = Registry()
     for manifest in sorted((Path(__file__).parent / "agents").glob("*.toml")):
         registry.register(load_manifest(manifest))
-    for entry in entry_points(group=ENTRY_POINTS):
-        registry._load_entry_point(entry)  # noqa: SLF001 - our own class
     return registry
 
 
+def _bring(registry: Registry) -> None:
+    """Agents of other packages. The registry is the default by now: one that registers more of them by itself may."""
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINTS):
+        registry._load_entry_point(entry)  # noqa: SLF001 - our own class
+
+
 def register_agent(agent: AgentConfig | str, **fields: Any) -> AgentConfig:
-    """Add an agent to the default registry; see `Registry.register`."""
+    """Add an agent to the default registry; see `Registry.register`.
+
+    Example:
+        >>> register_agent("sh-agent", protocol="acp", launch=["sh", "-c", "exec my-agent --acp"]).name
+        'sh-agent'
+
+    Raises:
+        ConfigError: it cannot work; the registry has not changed.
+    """
     return default_registry().register(agent, **fields)

@@ -18,7 +18,11 @@ SCHEMA = 1
 
 @attrs.frozen
 class Verdict:
-    """Who owns the ending, and why, in a sentence. It comes from the edge that was taken and its evidence."""
+    """Who owns the ending, and why, in a sentence. It comes from the edge that was taken and its evidence.
+
+    >>> Verdict("provider", "nothing was done: all 3 model calls failed").owner
+    'provider'
+    """
 
     owner: Owner
     reason: str
@@ -30,6 +34,9 @@ class TrackedUsage:
 
     `by_turn` has a share for each turn, in order, and one with turn 0 for what a role used outside its turns. Both
     `by_role` and `by_turn` add up to `total`.
+
+    >>> TrackedUsage("untracked", "usage_tracking is off").total.tokens
+    0
     """
 
     tracking: str
@@ -60,9 +67,16 @@ class RolloutResult:
     """The outcome of one rollout.
 
     `reward` is None unless the rollout was verified; `verdict.reason` says why. `state` is where it stands: a `closed`
-    leaf, or the state in which it was stopped. Times are seconds. `trajectory_source` is one of
-    `acp | session | partial_acp | partial_session` (partial: the last turn is), empty when no turn was taken.
+    leaf, or the state in which it was stopped. Times are seconds, `started` since the epoch. `trajectory_source` is one
+    of `acp | session | partial_acp | partial_session` (partial: the last turn is), empty when no turn was taken.
     `leaked` is what could not be given back; what was kept by the user's own wish is a note.
+
+    Example:
+        >>> from orchestrator import RolloutConfig, run_sync
+        >>> from orchestrator.sandboxes.fake import FakeSandbox
+        >>> result = run_sync(RolloutConfig(prompt="Do it.", agent="scripted", sandbox=FakeSandbox(), out=None))
+        >>> result.state, result.reward, result.ended_by, result.usage.tracking
+        ('closed/unverified', None, 'end_turn', 'untracked')
     """
 
     rollout: str

@@ -28,6 +28,7 @@ import attrs
 
 from orchestrator._tasks import Detached
 from orchestrator.config import Hook, RolloutConfig
+from orchestrator.directors import Story
 from orchestrator.journal import JournalWriter
 from orchestrator.result import RolloutResult, Verdict
 from orchestrator.world import build_world
@@ -77,10 +78,13 @@ class Rollout:
     """One rollout. Made on no loop, run on asyncio or trio, once.
 
     Example:
-        >>> config = RolloutConfig(task="tasks/hello", agent="oracle")  # doctest: +SKIP
-        >>> result = await Rollout(config).run()                        # doctest: +SKIP
-        >>> result.state, result.reward                                 # doctest: +SKIP
-        ('closed/rewarded', 1.0)
+        >>> from orchestrator.sandboxes.fake import FakeSandbox
+        >>> async def main():
+        ...     config = RolloutConfig(prompt="Do it.", agent="scripted", sandbox=FakeSandbox(), out=None)
+        ...     result = await Rollout(config).run()
+        ...     return result.state, result.ended_by
+        >>> anyio.run(main)
+        ('closed/unverified', 'end_turn')
 
     Raises:
         ConfigError: from the constructor, before anything exists. Nothing is raised for what happens in a rollout.
@@ -163,6 +167,22 @@ class Rollout:
     def journal(self) -> tuple[Record, ...]:
         """The journal so far."""
         return tuple(self._journal.records)
+
+    @property
+    def story(self) -> Story:
+        """What happened so far, as a director sees it: each turn with its steps, read from where they were written.
+
+        That is the folder, or with `out=None` memory, while this object lives.
+
+        >>> from orchestrator.sandboxes.fake import FakeSandbox
+        >>> config = RolloutConfig(prompt="Do it.", agent="scripted", sandbox=FakeSandbox(), out=None)
+        >>> rollout = Rollout(config)
+        >>> _ = anyio.run(rollout.run)
+        >>> [(turn.role, turn.ended_by, [step["type"] for step in turn.steps]) for turn in rollout.story.turns]
+        [('agent', 'end_turn', ['user_message', 'agent_thought', 'tool_call', 'agent_message'])]
+        """
+        story: Story = self._world.story()
+        return story
 
     def result(self) -> RolloutResult:
         """What came of it so far: a fold of the journal, at any time."""
@@ -299,8 +319,6 @@ class Rollout:
                         answer = hook(moved)
                         if inspect.isawaitable(answer):
                             await answer
-                except JournalError:
-                    raise
                 except Exception as error:
                     self._world.note(f"a hook raised {type(error).__name__} on {moved.event.name}: {said(error)}")
 
@@ -414,6 +432,11 @@ _SOMEBODY = (*_TURN, *SESSION, "connecting", "paused", "checking", "quiescing")
 
 def run_sync(config: RolloutConfig, *, backend: str = "asyncio") -> RolloutResult:
     """Run one rollout from a synchronous program. Inside a running loop, await `Rollout.run` instead.
+
+    Example:
+        >>> from orchestrator.sandboxes.fake import FakeSandbox
+        >>> run_sync(RolloutConfig(prompt="Do it.", agent="scripted", sandbox=FakeSandbox(), out=None)).turns
+        1
 
     Raises:
         ConfigError: the configuration cannot work, or a loop runs in this thread.

@@ -151,6 +151,8 @@ class LiveWorld:
     models: ModelAccess
     folder: Path | None
     task: Any
+    story: Callable[[], Story]
+    """What happened so far, as directors see it."""
     plan: Plan
     _redactor: Redactor
     _trajectory: Sink
@@ -408,7 +410,7 @@ class LiveWorld:
         segment.opened(decision.text, role=seat.role.name, protocol=seat.transport.name, time=self.config.clock())
         return segment
 
-    def led_by(self, led: DirectorRole, scene: Scene, tell: Callable[[], Story]) -> None:
+    def led_by(self, led: DirectorRole, scene: Scene) -> None:
         """Let an agent decide what comes next."""
 
         def seat() -> Seat:  # numbered by the journal, so that a rollout that goes on elsewhere counts on
@@ -441,7 +443,7 @@ class LiveWorld:
             lambda: str(self._gone(limits, Facts()) or ""),
         )
         self._directors.append(director)
-        self.plan = DirectedPlan(director, tell, roles, self.config.max_checks)
+        self.plan = DirectedPlan(director, self.story, roles, self.config.max_checks)
 
     async def dismiss(self) -> None:
         """Close the sessions of a director, where an agent is one."""
@@ -714,6 +716,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
         ModelAccess(rollout, tracking, config, model_called, limits),
         folder,
         task,
+        tell,
         _plan(config, tuple(workers), tell),
         redactor,
         trajectory,
@@ -725,7 +728,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
         inherited,
     )
     if led is not None:
-        world.led_by(led, scene, tell)
+        world.led_by(led, scene)
     return world
 
 
@@ -744,7 +747,7 @@ def _check_director(config: RolloutConfig, led: DirectorRole, member: Cast, trac
 
 @attrs.frozen
 class Teller:
-    """Tells a director what happened so far: turns from the journal, steps from where they were written."""
+    """Tells what happened so far: turns from the journal, steps from where they were written."""
 
     instruction: str
     journal: JournalWriter

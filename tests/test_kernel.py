@@ -14,7 +14,7 @@ from sessions import HandAgent, by_hand, captures, events, names, states
 from test_ways_out import DONE, REACH, TURN, hooked, planned
 
 from orchestrator import ConfigError, ExecResult, Turn
-from orchestrator.journal import MemorySink
+from orchestrator.journal import MemorySink, read_journal
 from orchestrator.sandboxes.fake import HANG
 from states import events as ev
 from states.errors import JournalError
@@ -177,6 +177,16 @@ async def test_a_hook_cannot_break_a_rollout(transport, kind, monkeypatch):
     notes = stand.rollout.result().notes
     assert len(notes) == (len(seen) if said else 0)
     assert all(said in note for note in notes)
+
+
+async def test_a_hook_that_cannot_read_some_other_journal_is_a_hook_with_an_error(transport, tmp_path):
+    """Only our own journal stops a rollout as if killed; what a hook does with others is the hook's."""
+    stand = hooked(build(transport), lambda _moved: read_journal(tmp_path))
+    await drive(stand)
+    assert stand.rollout.state == "closed/rewarded"
+    notes = stand.rollout.result().notes
+    assert len(notes) == len(names(stand))
+    assert all(note.startswith("a hook raised JournalError") for note in notes)
 
 
 async def test_an_exception_group_of_a_handler_is_its_crash(transport):

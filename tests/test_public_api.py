@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
 import orchestrator
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text(encoding="utf-8")
+    for package in ("orchestrator", "states")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8") and path.parent.name != "embed"  # these need their host's packages
+}
+"""The modules whose docstrings have examples, and their text."""
 
 NAMES = [
     "Agent",
@@ -78,6 +91,38 @@ def test_every_public_method_says_what_it_does(name):
         and not inspect.getdoc(value)
     ]
     assert silent == []
+
+
+def examples(name):
+    """The docstrings of a module that have examples, and its own names for them."""
+    return [test for test in doctest.DocTestFinder().find(importlib.import_module(name)) if test.examples]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_of_a_docstring_shows_what_is_so(name, monkeypatch, tmp_path):
+    """It is run, in a folder and with a default registry of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orchestrator.registry._default", None)
+    said = []
+    for test in examples(name):
+        doctest.DocTestRunner().run(test, out=said.append)
+    assert "".join(said) == ""
+
+
+def test_every_public_name_is_used_in_an_example_that_is_run():
+    """Of a docstring, or a block of the README (tests/test_readme.py runs those). Errors say what to do instead."""
+    shown = [
+        example.source
+        for name in EXAMPLES
+        for test in examples(name)
+        for example in test.examples
+        if not example.options.get(doctest.SKIP)
+    ]
+    shown += re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    used = set(re.findall(r"\w+", "\n".join(shown)))
+    classes = {name: kind for name in NAMES if inspect.isclass(kind := getattr(orchestrator, name))}
+    errors = {name for name, kind in classes.items() if issubclass(kind, Exception)}
+    assert sorted(set(NAMES) - errors - used) == []
 
 
 def test_every_error_has_one_root():

@@ -353,6 +353,27 @@ def test_a_broken_entry_point_hurts_only_who_asks_for_it(value):
         registry.get("theirs")
 
 
+def test_the_default_registry_is_made_once_whoever_asks_for_it(tmp_path, monkeypatch):
+    """By two threads at the same time, and by a package that registers more agents while it is being loaded."""
+    (tmp_path / "more_agents.py").write_text(
+        "import threading, orchestrator.registry as r\n"
+        "ONE = r.register_agent('one', protocol='acp', launch=['sh'])\n"
+        "FOUND = []\n"
+        "ASKS = threading.Thread(target=lambda: FOUND.append(r.default_registry()))\n"
+        "ASKS.start()\n"
+        "r.register_agent('two', protocol='acp', launch=['sh'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("orchestrator.registry._default", None)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [EntryPoint("one", "more_agents:ONE", group)])
+    registry = default_registry()
+    assert {"one", "two", "oracle"} <= set(registry.names())
+    import more_agents
+
+    more_agents.ASKS.join(30)
+    assert [registry] == more_agents.FOUND
+
+
 def test_importing_the_registry_loads_nothing_heavy_and_reads_no_manifest():
     """The import touches no manifest and no entry point; the default registry is made when it is first asked for."""
     code = (

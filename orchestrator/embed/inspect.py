@@ -52,6 +52,7 @@ from inspect_ai.util import LimitExceededError, SandboxEnvironment, sandbox, spa
 from orchestrator.capture import RecordedSegment, fold_trajectory, read_trajectory
 from orchestrator.config import Scene
 from orchestrator.embed import controlled, hosted, refusal, summary
+from orchestrator.export.recorded import tool_result
 from orchestrator.gateway.formats import FORMATS, Api
 from orchestrator.gateway.retold import as_stream
 from orchestrator.gateway.upstream import Upstream
@@ -185,7 +186,7 @@ class Tail:
                     id=call.id,
                     function=call.function,
                     arguments=call.arguments,
-                    result=text_of(data.get("content")),
+                    result=tool_result(data),
                     error=error,
                     failed=error is not None,
                     span_id=span_id,
@@ -211,7 +212,7 @@ def messages_of(segment: RecordedSegment, *, asked: str = "") -> Iterator[ChatMe
                 call = _call(data)
                 yield ChatMessageAssistant(content=content, tool_calls=[call], source="generate", metadata=about)
                 content = []
-                result = text_of(data.get("content"))
+                result = tool_result(data)
                 yield ChatMessageTool(
                     content=result, tool_call_id=call.id, function=call.function, error=_failed(data), metadata=about
                 )
@@ -226,22 +227,7 @@ def _call(data: Mapping[str, Any]) -> ToolCall:
 
 
 def _failed(data: Mapping[str, Any]) -> ToolCallError | None:
-    return ToolCallError("unknown", text_of(data.get("content"))) if data.get("status") == "failed" else None
-
-
-def text_of(content: Any) -> str:
-    """The words in the content of a tool call, whatever its agent nests there."""
-    match content:
-        case str():
-            return content
-        case {"text": str(text)}:
-            return text
-        case {"content": inner}:
-            return text_of(inner)
-        case [*parts]:
-            return "\n".join(filter(None, map(text_of, parts)))
-        case _:
-            return ""
+    return ToolCallError("unknown", tool_result(data)) if data.get("status") == "failed" else None
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
