@@ -65,6 +65,10 @@ GRACE_SEC: Final = 30.0
 """What a call may take beyond what it was given, before we give it up."""
 TRIES: Final = 3
 """How often a call that may be repeated is made."""
+TAKEN_SEC: Final = 60.0
+"""How long a write may take until it is known what was taken of it: nobody can interrupt it until then."""
+QUIET_SEC: Final = 30.0
+"""How long a handle may take to end, tries and all: nobody can interrupt that either, and a deadline is near."""
 
 
 @attrs.define(eq=False)
@@ -98,8 +102,12 @@ class ExecChannel:
         at, until = self._received, self._received + len(piece)
         async with self._handle._sandbox._carried(piece) as carried:
             while self._received < until:
-                with anyio.CancelScope(shield=True):
-                    answer = await self._ask("write", at=at, wait=WRITE_SEC, **carried)
+                try:
+                    with anyio.fail_after(TAKEN_SEC, shield=True):
+                        answer = await self._ask("write", at=at, wait=WRITE_SEC, sec=WRITE_SEC, **carried)
+                except (SandboxError, TimeoutError) as error:
+                    self._closed = True  # what was taken is not known, so nothing may follow it
+                    raise SandboxError(f"cannot write: the sandbox does not say what it took: {said(error)}") from error
                 if answer is None or answer["shut"]:
                     raise SandboxError("cannot write: the process has closed its stdin, or has ended")
                 self._received = answer["received"]
@@ -197,13 +205,18 @@ class ExecHandle:
 
     async def end(self) -> tuple[str, ...]:
         """See `SandboxHandle.end`."""
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(QUIET_SEC, shield=True):
             async with self._lock:
                 if not self._evidence:
                     self._phase = "ended"
                     self._evidence = await self._put_down()
                     for channel in self._channels:
                         channel.release()
+        if not self._evidence:
+            raise QuietError(
+                f"nobody knows whether what handle {self.name} started is dead: "
+                f"sandbox {self._sandbox.name} did not answer within {QUIET_SEC:g} s"
+            )
         return self._evidence
 
     async def _put_down(self) -> tuple[str, ...]:

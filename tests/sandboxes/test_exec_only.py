@@ -205,6 +205,45 @@ async def test_a_channel_survives_calls_that_get_lost(box):
     assert forgetful.lost > 9
 
 
+@attrs.define(eq=False, slots=False)
+class Hanging(Box):
+    """One whose calls hang from some moment on, whatever time they are given."""
+
+    hangs: bool = False
+
+    async def exec(self, command, *, timeout_sec=None):
+        if self.hangs:
+            await anyio.sleep_forever()
+        return await super().exec(command, timeout_sec=timeout_sec)
+
+
+async def test_a_host_that_hangs_does_not_hold_up_the_end_of_a_handle(box, monkeypatch):
+    """Nobody may interrupt it, so it ends by itself: not proven quiet, and by our own clock."""
+    monkeypatch.setattr(exec_only, "QUIET_SEC", 0.1)
+    hanging = Hanging(box.inner)
+    async with opened(hanging, "one") as (one,):
+        hanging.hangs = True
+        with anyio.fail_after(20), pytest.raises(QuietError, match=r"did not answer within 0\.1 s"):
+            await one.end()
+        hanging.hangs = False
+        monkeypatch.undo()
+        assert "killed" in (await one.end())[0]  # whoever asks again later may hear more
+
+
+async def test_after_a_write_of_which_nobody_knows_what_arrived_nothing_follows(box, monkeypatch):
+    """It would arrive in the middle of the other."""
+    monkeypatch.setattr(exec_only, "TAKEN_SEC", 0.1)
+    hanging = Hanging(box.inner)
+    async with opened(hanging, "one") as (one,):
+        channel = await one.spawn(["cat"])
+        hanging.hangs = True
+        with anyio.fail_after(20), pytest.raises(SandboxError, match="does not say what it took"):
+            await channel.send(b"first\n")
+        hanging.hangs = False
+        with pytest.raises(SandboxError, match="cannot write: stdin is closed"):
+            await channel.send(b"second\n")
+
+
 KEEPERS = 'for p in /proc/[0-9]*; do if [ "$(cat $p/comm)" = rollout-keeper ]; then echo ${p#/proc/}; fi; done'
 
 
