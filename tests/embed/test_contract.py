@@ -137,6 +137,33 @@ async def test_every_part_can_be_brought():
 
 
 @pytest.mark.anyio
+async def test_what_was_said_and_done_can_be_read_at_any_time_where_nothing_is_on_disk():
+    """Also in the middle of a turn, from a hook; and it is what a folder would hold."""
+    seen = []
+
+    def told(moved):
+        seen.append((moved.dest, [[step["type"] for step in turn.steps] for turn in rollout.story.turns]))
+
+    rollout = Rollout(speaking("mine", hooks=(told,)))
+    await rollout.run()
+    (turn,) = rollout.story.turns
+    assert (turn.role, turn.prompt, turn.said, turn.ended_by) == ("agent", "Speak.", "mine", "end_turn")
+    assert dict(seen)["connecting"] == []
+    assert dict(seen)["capturing/whole"] == dict(seen)["closed/unverified"] == [["user_message", "agent_message"]]
+
+
+@pytest.mark.anyio
+async def test_the_story_is_the_same_in_memory_and_on_disk(tmp_path):
+    """Where it is kept changes nothing of it."""
+    told = []
+    for out in (None, tmp_path):
+        rollout = Rollout(speaking("same", out))
+        await rollout.run()
+        told.append(rollout.story.turns)
+    assert told[0] == told[1]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_what_needs_asyncio_says_so_under_trio(tmp_path):
     """The gateway is a configuration error there, before a sandbox is up: bring your own model endpoint."""
@@ -222,6 +249,7 @@ def test_a_host_whose_asyncio_run_ends_gets_its_rollouts_captured_and_given_back
         names = [record.event.name for record in records if isinstance(record, Transition)]
         assert fold(records).position.state == "closed/cancelled"
         assert names.count("Prompted") == names.count("Captured") == 1
+        assert [r.source for r in records if isinstance(r, Transition) and r.cause == "deadline"] == []
         assert not fold(records).leases
         assert (folder / "result.json").exists()
         assert processes_of(folder) == []
