@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -35,16 +34,25 @@ LEAVING_SEC = 30.0
 TAIL = 2_000
 """How much of stdout and stderr goes into an error, in characters."""
 
-_EMPTY = f"""for folder in {TESTS} {LOGS}; do
-rm -rf -- "$folder" 2>/dev/null
-mkdir -p -- "$folder"
-if [ -L "$folder" ] || [ -n "$(ls -A "$folder")" ]; then echo "$folder is not empty" >&2; exit 1; fi
+_EMPTY = f"""rm -rf -- {TESTS} {LOGS} 2>/dev/null
+mkdir -p -- {TESTS} {LOGS}
+for folder in {TESTS} {LOGS}; do
+for left in "$folder"/* "$folder"/.[!.]* "$folder"/..?*; do
+if [ -e "$left" ] || [ -L "$left" ] || [ -L "$folder" ] || [ ! -d "$folder" ]; then
+echo "$folder is not empty" >&2; exit 1
+fi
+done
 done"""
+"""Little else than the shell itself: each program that it starts is time of every rollout."""
 
 _LINKS = f'cd {LOGS} && for file in reward.json reward.txt; do if [ -L "$file" ]; then echo "$file"; fi; done'
-_MODULES = """for file in *.py *.pyc *.so */__init__.py; do if [ -e "$file" ]; then echo "$file"; fi; done
+_MODULES = """chmod u+rwx -- "$WORK"
+cd -- "$WORK" || exit
+for file in *.py *.pyc *.so */__init__.py; do if [ -e "$file" ]; then echo "$file"; fi; done
 grep -ls pytest11 *.dist-info/entry_points.txt *.egg-info/entry_points.txt
 true"""
+"""An agent that shuts its own folder gets what is in there, not tests that cannot start."""
+
 _IMPORTED = frozenset({*sys.stdlib_module_names, "pytest", "_pytest", "pluggy", "iniconfig", "pip", "usercustomize"})
 
 
@@ -188,9 +196,6 @@ class _Run:
             await self._handle(f"verifier-{self.number - 1}").end()
         await self.tests.open()
         await _empty(self.tests)
-        # An agent that shuts its own folder gets what is in there, not a verifier that cannot start.
-        opening = f"chmod u+rwx -- {shlex.quote(self.verifier.sandbox.cwd)}"
-        await self.tests.exec(opening, cwd="/", timeout_sec=HOUSEKEEPING_SEC)
         await self.verifier.sandbox.upload(self.verifier.task.verification.folder, TESTS)
 
     async def execute(self) -> None:
@@ -278,8 +283,8 @@ class _Run:
         return {**guards, **self.verifier.env}
 
     async def _hidden_modules(self, cwd: str) -> str:
-        """Modules in `cwd` by the name of one that tests import; "" when there is none."""
-        listed = await self.tests.exec(_MODULES, cwd=cwd, timeout_sec=HOUSEKEEPING_SEC)
+        """Open `cwd`, and find modules in it by the name of one that tests import; "" when there is none."""
+        listed = await self.tests.exec(_MODULES, cwd="/", env={"WORK": cwd}, timeout_sec=HOUSEKEEPING_SEC)
         names = {line for line in listed.stdout.splitlines() if _hides(line)}
         environment = self.verifier.task.environment
         if names and environment is not None:
