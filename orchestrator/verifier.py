@@ -49,7 +49,9 @@ _LINKS = f'cd {LOGS} && for file in reward.json reward.txt; do if [ -L "$file" ]
 _MODULES = """chmod u+rwx -- "$WORK"
 cd -- "$WORK" || exit
 for file in *.py *.pyc *.so */__init__.py; do if [ -e "$file" ]; then echo "$file"; fi; done
-grep -ls pytest11 *.dist-info/entry_points.txt *.egg-info/entry_points.txt
+for file in *.dist-info/entry_points.txt *.egg-info/entry_points.txt; do
+if [ -e "$file" ]; then grep -ls pytest11 "$file"; fi
+done
 true"""
 """An agent that shuts its own folder gets what is in there, not tests that cannot start."""
 

@@ -42,9 +42,12 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
 
-Json = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the module itself takes longer to import than this agent needs for its turn
+    from typing import Any
+
+    Json = dict[str, Any]
 
 OPTIONS = [
     {"optionId": "allow", "name": "Allow", "kind": "allow_once"},

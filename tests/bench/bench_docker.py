@@ -7,6 +7,7 @@ verifier, no journal. What is more than that is what we add.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import resource
 import statistics
@@ -25,17 +26,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import docker_images
 
 from orchestrator import Rollout, RolloutConfig
-from orchestrator.tasks import demo_task, load_task
+from orchestrator.tasks import Task, demo_task, load_task
+
+ACP, IN_PROCESS = "scripted-acp", "scripted"
+"""The same script: played by a process in the container, over ACP; and by a session in this process."""
 
 Recorded = list[tuple[str, str, dict[str, Any], Any]]
 
 
-async def _rollout(out: Path) -> None:
-    """One rollout of the demo task: a scripted agent over ACP, verified, everything given back."""
+@functools.cache
+def _task() -> tuple[Task, dict[str, str]]:
+    """The demo task, loaded once as by whoever runs it many times, and what its base image is here."""
     task = load_task(demo_task())
     assert task.recipe.base, "the demo task has a Dockerfile"
-    base = {task.recipe.base: docker_images.make(docker_images.DEBIAN)}
-    config = RolloutConfig(task=task, agent="scripted-acp", sandbox="docker", image_map=base, out=out)
+    return task, {task.recipe.base: docker_images.make(docker_images.DEBIAN)}
+
+
+async def _rollout(out: Path, agent: str = ACP) -> None:
+    """One rollout of the demo task: a scripted agent, verified, everything given back."""
+    task, base = _task()
+    config = RolloutConfig(task=task, agent=agent, sandbox="docker", image_map=base, out=out)
     result = await Rollout(config).run()
     if result.reward != 1.0:
         raise AssertionError(f"{result.state}: {result.verdict.reason}")
@@ -110,14 +120,17 @@ def _with_calls(measure: Callable[[Recorded, aiohttp.ClientSession, Path], Await
     return asyncio.run(run())
 
 
-def times_bare(count: int, rounds: int = 3) -> float:
-    """Wall time of `count` rollouts at once, times that of their engine calls replayed bare, `count` at once."""
+def times_bare(count: int, agent: str = IN_PROCESS, rounds: int = 3) -> float:
+    """Wall time of `count` rollouts at once, times that of their engine calls replayed bare, `count` at once.
+
+    What an agent over ACP has beside: a Python of its own that starts in the container.
+    """
 
     async def measure(calls: Recorded, session: aiohttp.ClientSession, scratch: Path) -> float:
         ours, bare = [], []
         for _ in range(rounds):  # in pairs, so that both meet the same machine
             bare.append(await _timed(count, lambda: _replayed(calls, session, scratch)))
-            ours.append(await _timed(count, lambda: _rollout(scratch)))
+            ours.append(await _timed(count, lambda: _rollout(scratch, agent)))
         return statistics.median(ours) / statistics.median(bare)
 
     return _with_calls(measure)

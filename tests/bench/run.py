@@ -69,12 +69,13 @@ def docker_rows() -> list[Row]:
         sys.stderr.write(f"the rows of Docker are left out: {why}\n")
         return []
 
-    def times_bare(count: int) -> Row:
-        what = f"{count} docker rollout(s) at once, wall, times their engine calls replayed bare"
-        return Row(what, measured(f"times_bare({count})", "bench_docker"), 1.5, "x")
+    def times_bare(count: int, agent: str, what: str, limit: float) -> Row:
+        what = f"{count} docker rollout(s) at once, {what}, wall, times their engine calls replayed bare"
+        return Row(what, measured(f"times_bare({count}, {agent!r})", "bench_docker"), limit, "x")
 
     return [
-        *map(times_bare, (1, 8, 32)),
+        *(times_bare(count, "scripted", "the agent in our process", 1.5) for count in (1, 8, 32)),
+        *(times_bare(count, "scripted-acp", "the agent a Python in the container", 2) for count in (1, 8, 32)),
         Row("a further docker rollout among 32, CPU", measured("cpu_of_a_further_one()", "bench_docker"), 0.06, "s"),
         Row("engine calls of a docker rollout", measured("calls_of_one()", "bench_docker"), 6, ""),
         Row(
