@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import anyio
@@ -85,8 +86,16 @@ async def test_three_real_agents_take_turns_in_one_sandbox(tmp_path, require_age
     assert [segment.steps[0].data["text"].split()[0] for segment in segments] == ["WRITE", "REVIEW", "FIX"]
     approvals = [s.data for s in segments[1].steps if s.data["type"] == "question"]
     assert [(step["kind"], step["answer"], step["by"]) for step in approvals] == [("approval", "approve", "handler")]
-    titles = [[s.data["title"] for s in segment.steps if s.data["type"] == "tool_call"] for segment in segments]
-    assert "cat /app/answer.txt" not in "".join(titles[0] + titles[2])
+    assert [[s for s in segment.steps if s.late] for segment in segments] == [[], [], []]
+    answers = [s.data for s in segments[2].steps if s.data["type"] == "question" and s.data["kind"] == "elicitation"]
+    assert [(QUESTION["question"] in step["prompt"], step["answer"], step["by"]) for step in answers] == [
+        (True, "yes", "handler"),
+        (True, None, "handler"),  # the form's second field is for words of one's own, and has no default
+    ]
+    assert not any(s.data["type"] == "question" for s in segments[0].steps)
+    held = [json.dumps([step.data for step in segment.steps[1:]]) for segment in segments]
+    for number, words in enumerate((("echo 1 >", "I wrote"), ("cat /app", "is wrong"), ("while read", "is mended"))):
+        assert [[word in text for word in words] for text in held] == [[n == number] * 2 for n in range(3)], held
     opened = [r.dest for r in read_journal(result.folder) if isinstance(r, Transition) and r.source == "connecting"]
     assert opened == ["session/acp", "session/factory", "session/acp"]
     acts = [act for turn in recorded(result.folder).turns for act in turn.acts]
