@@ -48,6 +48,8 @@ class TurnSegment:
     _began: float = math.nan
     _seals: list[Mapping[str, Any]] = attrs.field(factory=list)
     _held: dict[int, str] = attrs.field(factory=dict)
+    _asked: set[int] = attrs.field(factory=set)
+    """Questions that are not answered yet."""
 
     @property
     def steps(self) -> int:
@@ -85,6 +87,8 @@ class TurnSegment:
             step = {**step, "text": text[: len(text) - half]}
         self._write({"step": index, "data": step})
         self._started += 1  # only now: a step that could not be written has no index
+        if step.get("type") == "question":
+            self._asked.add(index)
         if not self._seals:
             self._steps += 1
             if step.get("type") == "tool_call":
@@ -110,16 +114,20 @@ class TurnSegment:
             self._held.pop(index, None)
         self._let_go()
         self._write({"step": index, "set": fields})
+        if "answer" in fields:
+            self._asked.discard(index)
 
     def compacted(self, why: str) -> None:
         """The session dropped steps of its own."""
         self._write({"compacted": why})
 
     async def changed_since(self, seconds: float) -> None:
-        """Return once nothing has been written for `seconds`."""
-        start = self._clock()
-        while (due := max(self._last, start) + seconds) > self._clock():  # noqa: ASYNC110 - it waits for silence
+        """Return once nothing has been written for `seconds`. Who waits for an answer of ours is not silent."""
+        since = self._clock()
+        while (due := max(self._last, since) + seconds) > self._clock():
             await anyio.sleep_until(anyio.current_time() + due - self._clock())
+            if self._asked:
+                since = self._clock()
 
     def seal(self, *, complete: bool, usage: Usage) -> None:
         """Commit it. Raises `JournalError` on a second seal: that is a bug of ours."""
@@ -196,7 +204,11 @@ def fold_trajectory(lines: Iterable[bytes]) -> list[RecordedSegment]:
 def _apply(segment: RecordedSegment, raw: dict[str, Any], texts: dict[tuple[int, int], list[str]]) -> None:
     match raw:
         case {"opened": about}:
+            # Opened once more: its prompt never got into the journal, and whoever took over gave its number again.
             segment.about = about
+            segment.steps.clear()
+            for key in [key for key in texts if key[0] == segment.number]:
+                del texts[key]
         case {"data": data}:
             segment.steps.append(RecordedStep(data, raw.get("late", False)))
         case {"text": text, "step": index}:

@@ -18,6 +18,7 @@ import attrs
 
 from orchestrator.budgets import Budgets, Limits
 from orchestrator.journal import Sink
+from orchestrator.questions import ANSWER_SEC, Policy
 from orchestrator.registry import AgentConfig, Registry, default_registry
 from orchestrator.sandboxes import Network
 from states.deadlines import DEADLINES
@@ -26,7 +27,6 @@ from states.journal import Transition
 from states.ports import AskHandler, AskUserRequest, ExecSandbox, Plan, Sandbox, Verifier
 
 UsageTracking = Literal["auto", "required", "off"]
-Policy = Literal["allow", "deny", "ask"]
 Keep = Literal["never", "on-failure", "always"]
 Hook = Callable[[Transition], Any]
 
@@ -34,6 +34,15 @@ Hook = Callable[[Transition], Any]
 def _seconds(instance: Any, attribute: Any, value: Any) -> None:
     if value is not None and not (isinstance(value, int | float) and value > 0):
         raise ConfigError(f"{type(instance).__name__}: {attribute.name} must be seconds > 0 or None, not {value!r}")
+
+
+def _at_least(least: int) -> Callable[[Any, Any, Any], None]:
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            kind = f"a whole number, {least} or more"
+            raise ConfigError(f"{type(instance).__name__}: {attribute.name} must be {kind}, not {value!r}")
+
+    return check
 
 
 def _one_of(*words: str) -> Callable[[Any, Any, Any], None]:
@@ -148,8 +157,8 @@ class DirectorRole:
 
     role: Role
     brief: str = attrs.field(default="", repr=lambda brief: f"<{len(brief)} characters>")
-    limit: int | None = None
-    checks: int = 0
+    limit: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least(1)))
+    checks: int = attrs.field(default=0, validator=_at_least(0))
 
 
 def _no_second_timeout(config: Any, _attribute: Any, budgets: Budgets) -> None:
@@ -190,6 +199,8 @@ class RolloutConfig:
         policy: what answers an agent's question when no handler is bound.
         terminal: who asks a person under the policy `ask` (`orchestrator.questions.ask_on_terminal`); without one the
             default answers, and the answer says so.
+        answer_sec: how long a handler or a person may take to answer; then the question is declined, with that as the
+            reason. None: as long as the turn.
         env: variables of every role's agent, passed as given and redacted by value.
         hooks: called with each transition; an error of one is a note in the journal.
         director: who decides the next turn by what happened so far. A callable (`orchestrator.directors`): the scene
@@ -243,15 +254,16 @@ class RolloutConfig:
     policy: Policy = attrs.field(default="allow", validator=_one_of("allow", "deny", "ask"))
     on_ask_user: AskHandler | None = None
     terminal: Callable[[AskUserRequest], str] | None = None
+    answer_sec: float | None = attrs.field(default=ANSWER_SEC, validator=_seconds)
     hooks: tuple[Hook, ...] = ()
     plan: Plan | None = None
     director: Callable[..., Any] | DirectorRole | str | None = None
-    max_turns: int = 200
-    max_checks: int = 50
+    max_turns: int = attrs.field(default=200, validator=_at_least(1))
+    max_checks: int = attrs.field(default=50, validator=_at_least(0))
     journal: Sink | None = None
     registry: Registry = attrs.field(factory=default_registry)
-    max_connects: int = 2
-    max_verifies: int = 2
+    max_connects: int = attrs.field(default=2, validator=_at_least(1))
+    max_verifies: int = attrs.field(default=2, validator=_at_least(1))
     made_from: Mapping[str, Any] = attrs.field(factory=dict)
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = anyio.current_time

@@ -285,11 +285,11 @@ class AgentDirector:
         asking = addition(coming.role) if coming else question(self.roles, last, checks=checks)
         told = await self._news(story)
         try:
-            return self._read(await self._ask(f"{told}\n\n{asking}", len(story.turns) + 1), story, coming, checks)
+            return self._read(await self._ask(f"{told}\n\n{asking}", story.coming), story, coming, checks)
         except Unclear as error:
             again = f"That cannot be followed: {error}. {asking}"
         try:
-            return self._read(await self._ask(again, len(story.turns) + 1), story, coming, checks)
+            return self._read(await self._ask(again, story.coming), story, coming, checks)
         except Unclear as error:
             raise DirectorError(f"the director {self.name} gave no answer that can be followed: {error}") from error
 

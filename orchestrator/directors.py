@@ -30,7 +30,7 @@ from orchestrator.capture import RecordedSegment
 from orchestrator.config import DirectorRole, Role, Turn
 from orchestrator.registry import AgentConfig
 from states.errors import ConfigError
-from states.events import Captured, Checked, Next, Prompted
+from states.events import Captured, Checked, Next, Prompted, Recovered
 from states.journal import Folded, Header, Record, Transition, fold, fold_record
 from states.machine import Facts
 
@@ -77,26 +77,39 @@ class Story:
 
     @functools.cached_property
     def turns(self) -> tuple[TurnTaken, ...]:
-        """Every turn that was taken, in order."""
+        """Every turn that was taken, in order. One that was cut off, and is asked again, is not among them."""
         segments = {segment.number: segment for segment in self._segments()}
-        return tuple(_with_steps(turn, segments.get(number)) for number, turn in enumerate(self._taken(), start=1))
+        return tuple(_with_steps(turn, segments.get(number)) for number, turn in self._taken().items())
+
+    @property
+    def coming(self) -> int:
+        """The number of the turn that is decided now: its segment's."""
+        return 1 + sum(isinstance(move.event, Prompted) for move in self._moves())
 
     @property
     def checks(self) -> int:
         """How many soft verifications there were."""
-        return sum(isinstance(record, Transition) and isinstance(record.event, Checked) for record in self._records)
+        return sum(isinstance(move.event, Checked) for move in self._moves())
 
-    def _taken(self) -> list[TurnTaken]:
-        taken: list[TurnTaken] = []
+    def _moves(self) -> Iterator[Transition]:
+        return (record for record in self._records if isinstance(record, Transition))
+
+    def _taken(self) -> dict[int, TurnTaken]:
+        """The turns by the number of their segment."""
+        taken: dict[int, TurnTaken] = {}
+        again: set[int] = set()
         for event, facts in _events(self._records):
+            number = facts.prompted
             match event:
                 case Prompted(role=role, text=text):
-                    taken.append(TurnTaken(role, text))
-                case Captured(complete=complete) if taken:
-                    taken[-1] = attrs.evolve(taken[-1], ended_by=facts.ended_by, complete=complete)
+                    taken[number] = TurnTaken(role, text)
+                case Captured(complete=complete):
+                    taken[number] = attrs.evolve(taken[number], ended_by=facts.ended_by, complete=complete)
                 case Checked(feedback=feedback) if taken:
-                    taken[-1] = attrs.evolve(taken[-1], feedback=feedback)
-        return taken
+                    taken[number] = attrs.evolve(taken[number], feedback=feedback)
+                case Recovered(again=Next()):
+                    again.add(number)
+        return {number: turn for number, turn in taken.items() if number not in again}
 
 
 def _with_steps(turn: TurnTaken, segment: RecordedSegment | None) -> TurnTaken:

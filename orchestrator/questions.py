@@ -24,6 +24,8 @@ By = Literal["policy", "handler", "terminal", "nobody"]
 KINDS = ("permission", "elicitation", "approval")
 ALLOW = ("allow_once", "allow_always")
 REJECT = ("reject_once", "reject_always")
+ANSWER_SEC = 300.0
+"""How long who is asked may take, unless the rollout's configuration says otherwise."""
 
 
 @attrs.frozen
@@ -112,7 +114,7 @@ class Answerer(Protocol):
 @attrs.frozen
 class _PolicyAnswers:
     policy: Policy
-    limit_sec: float
+    limit_sec: float | None
     terminal: Callable[[AskUserRequest], str] | None
 
     async def answer(self, request: AskUserRequest) -> Answer:
@@ -130,7 +132,7 @@ class _PolicyAnswers:
 @attrs.frozen
 class _HandlerAnswers:
     handler: AskHandler
-    limit_sec: float
+    limit_sec: float | None
     by: By = "handler"
 
     async def answer(self, request: AskUserRequest) -> Answer:
@@ -167,7 +169,8 @@ class Questions:
 
     `policy` answers while no handler is bound: `allow` takes the option that allows once (or always), `deny` the one
     that rejects, `ask` asks on `terminal`; where there is none the default (allow) answers, and the answer says so.
-    A bound handler stays bound over role swaps. `limit_sec` is how long a handler or a person may take.
+    A bound handler stays bound over role swaps. `limit_sec` is how long a handler or a person may take,
+    None as long as the turn.
 
     Example:
         >>> questions = Questions("allow")
@@ -175,7 +178,7 @@ class Questions:
     """
 
     policy: Policy = "allow"
-    limit_sec: float = 300.0
+    limit_sec: float | None = ANSWER_SEC
     terminal: Callable[[AskUserRequest], str] | None = None
     _answerer: Answerer = attrs.field(init=False)
 

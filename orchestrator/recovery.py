@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,18 @@ from orchestrator.world import Inherited, LiveWorld, build_world, owner, started
 from states.counting import total
 from states.deadlines import DEADLINES, Deadline
 from states.errors import ConfigError, QuietError, SandboxError
-from states.events import Cancelled, Event, Failure, Next, Prompted, Recovered, SandboxFailed, Share, Usage
+from states.events import (
+    Cancelled,
+    Checked,
+    Event,
+    Failure,
+    Next,
+    Prompted,
+    Recovered,
+    SandboxFailed,
+    Share,
+    Usage,
+)
 from states.journal import Folded, Header, Record, Transition, fold
 from states.machine import CAPTURING, Facts, Position
 from states.ports import Lease, Stage
@@ -131,15 +142,23 @@ async def _attach(world: LiveWorld, rollout: Rollout) -> None:
 
 
 def cut_off(taken: Inherited) -> Next | None:
-    """The turn that was in flight when the rollout was stopped or killed, if it ended by nothing else."""
+    """The turn that was in flight when the rollout was stopped or killed, if it ended by nothing else.
+
+    None as well where it was taken into account since: it is to be asked again already, or its work was checked.
+    """
     position = taken.folded.position
     by = position.facts.ended_by
     open_turn = position.state in ("executing", "cancelling", *CAPTURING)
     cut = (open_turn and not by) or by == "killed" or (by == "interrupted" and taken.folded.stopped)
     if not cut or position.state in ("verifying", "releasing") or position.facts.ending is not None:
         return None
-    prompts = [move.event for move in moves(taken.records) if isinstance(move.event, Prompted)]
-    return Next("turn", prompts[-1].role, prompts[-1].text, budgets=prompts[-1].budgets) if prompts else None
+    for move in reversed([*moves(taken.records)]):
+        match move.event:
+            case Prompted(role=role, text=text, budgets=budgets):
+                return Next("turn", role, text, budgets=budgets)
+            case Checked() | Recovered(again=Next()):
+                return None
+    return None
 
 
 def recovered_by_us(taken: Inherited, again: Next | None = None) -> Recovered:
@@ -248,6 +267,8 @@ class ReaperWorld:
     meter: LoggedMeter
     telemetry: Telemetry
     leaving: bool = False
+    on_loss: list[Callable[[str], None]] = attrs.field(factory=list)
+    """Nobody is told: what is only given back is not watched."""
 
     @classmethod
     def over(cls, taken: Inherited) -> ReaperWorld:

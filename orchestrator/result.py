@@ -10,8 +10,9 @@ import attrs
 
 from orchestrator.budgets import Budgets, Limit, Limits, limits_of
 from states.errors import Owner
-from states.events import Captured, Ending, Failure, Prompted, Released, Scope, Share, Usage, Verified
+from states.events import Captured, Ending, Failure, Prompted, Recovered, Released, Scope, Share, Usage, Verified
 from states.journal import Folded, Note, Record, Transition
+from states.machine import CLOSED, INITIAL
 
 SCHEMA = 1
 
@@ -146,7 +147,7 @@ def result_of(
         errors=tuple(_errors(moves)),
         notes=tuple(record.text for record in records if isinstance(record, Note)),
         leaked=_leaked(folded, moves),
-        budgets=tuple(_budgets(folded, moves)),
+        budgets=tuple(_budgets(folded, records, moves)),
         folder=folder,
     )
 
@@ -168,7 +169,8 @@ def verdict_of(folded: Folded) -> Verdict:
         case "unverified":
             return Verdict("agent", "not verified here: the host has its own verifier")
         case "void" if facts.worked.failed_calls and facts.worked.failed_calls == facts.worked.calls:
-            return Verdict("provider", f"nothing was done: all {facts.worked.calls} model calls failed")
+            words = f": {failure.message}" if failure is not None and failure.owner == "provider" else ""
+            return Verdict("provider", f"nothing was done: all {facts.worked.calls} model calls failed{words}")
         case "void":
             return Verdict("agent", f"nothing was done: {facts.worked.calls} model calls, no tokens and no tool calls")
         case "cancelled":
@@ -199,11 +201,25 @@ def _by_role(ledger: Sequence[Share]) -> dict[str, Usage]:
     return spent
 
 
-_NOT_TIMED = frozenset({"paused", "verifying", "releasing"})
+_NOT_TIMED = frozenset({"paused", "verifying", "releasing", *CLOSED})
 """States whose time is not the rollout's."""
 
 
-def _budgets(folded: Folded, moves: Sequence[Transition]) -> Iterator[BudgetUse]:
+def driven_sec(records: Sequence[Record]) -> float:
+    """Seconds of its own clock that a rollout has used: not those of pauses and of its end, nor when nobody drove it.
+
+    `records` are a whole journal.
+    """
+    spent, since, state = 0.0, records[0].time, INITIAL
+    for record in records[1:]:
+        taken_over = isinstance(record, Transition) and isinstance(record.event, Recovered)
+        if state not in _NOT_TIMED and not taken_over:
+            spent += record.time - since
+        since, state = record.time, record.dest if isinstance(record, Transition) else state
+    return round(spent, 6)
+
+
+def _budgets(folded: Folded, records: Sequence[Record], moves: Sequence[Transition]) -> Iterator[BudgetUse]:
     """Every budget, by the journal alone: its header names those that outlive a turn, each prompt those of its turn."""
     header = [Limit(**limit) for limit in folded.header.info.get("budgets", ())]
     prompts = [move.event for move in moves if isinstance(move.event, Prompted)]
@@ -213,8 +229,7 @@ def _budgets(folded: Folded, moves: Sequence[Transition]) -> Iterator[BudgetUse]
     for limit in (*header, *(limit for own in turns for limit in own)):
         spent = limits.amount(limit, folded.position.facts.ledger)
         if (limit.scope, limit.kind) == ("rollout", "wall_sec"):
-            seconds = seconds_by_state(folded.header.time, moves)
-            spent = round(sum(s for state, s in seconds.items() if state not in _NOT_TIMED), 6)
+            spent = driven_sec(records)
         over = round(max(0.0, (spent or 0.0) - limit.limit), 12)
         yield BudgetUse(limit.scope, limit.of, limit.kind, limit.limit, spent, over)
 

@@ -105,13 +105,13 @@ class Rollout:
     def __init__(self, config: RolloutConfig) -> None:
         self.config = config
         self._begin(build_world(config, config.new_id()), Position())
-        self._world.on_loss.append(self.sandbox_failed)
 
     def _begin(self, world: Any, position: Position) -> None:
         self.id = world.id
         self._world, self._journal = world, world.journal
         self._position, self._stage = position, Vacant()
         self._inbox, self._running, self._unheard, self.listeners = deque(), [], deque(), []
+        world.on_loss.append(self.sandbox_failed)
 
     @classmethod
     def taken_over(

@@ -48,7 +48,8 @@ import attrs
 from msgspec import Meta, Struct, field
 
 from orchestrator.budgets import Budgets
-from orchestrator.config import DirectorRole, Policy, Role, Scene, Turn, UsageTracking
+from orchestrator.config import DirectorRole, Role, Scene, Turn, UsageTracking
+from orchestrator.questions import Policy
 from orchestrator.sandboxes import Network
 from orchestrator.tasks import documents, files
 from orchestrator.tasks.schema import Count, Seconds, Section, Text

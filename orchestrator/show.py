@@ -331,7 +331,9 @@ def _step(step: Mapping[str, Any], style: Style) -> str:
         title = one_line(str(step.get("title") or step.get("kind") or "tool"), WIDTH - 20)
         return f"{mark} {title}  {style(status, **look)}".rstrip()
     if kind == "question":
-        return one_line(f"{mark} {step.get('prompt')} -> {step.get('answer')} ({step.get('by')})", WIDTH)
+        why = f": {step['why']}" if step.get("why") else ""
+        answer = step.get("answer") or "no answer"
+        return one_line(f"{mark} {step.get('prompt')} -> {answer} ({step.get('by')}{why})", WIDTH)
     if kind == "plan":
         entries = [f"{entry.get('content')} ({entry.get('status')})" for entry in step.get("entries") or ()]
         return f"{mark} {one_line('; '.join(entries), WIDTH - 4)}"

@@ -39,15 +39,15 @@ from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
 from orchestrator.redact import RedactingSink, Redactor, secrets_of
 from orchestrator.registry import Place
-from orchestrator.result import RolloutResult, redacted, result_of
+from orchestrator.result import RolloutResult, driven_sec, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
 from orchestrator.telemetry import Telemetry
 from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
 from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
-from states.events import BudgetSpent, IdlePassed, Next, Recovered, Share
-from states.journal import Folded, Header, LeaseRecord, Record, Stopped, Transition
-from states.machine import INITIAL, Facts, Position, Rules
+from states.events import BudgetSpent, IdlePassed, Next, Share
+from states.journal import Folded, Header, LeaseRecord, Record, Stopped
+from states.machine import Facts, Position, Rules
 from states.ports import (
     Attachable,
     Connection,
@@ -125,16 +125,6 @@ class Inherited:
         """Whose journal it is, and what it was made from."""
         return self.folded.header
 
-    def driven_sec(self) -> float:
-        """Seconds for which it was driven by now: without its pauses, and without the time when nobody drove it."""
-        spent, since, state = 0.0, self.header.time, INITIAL
-        for record in self.records[1:]:
-            assert not isinstance(record, Header), "a journal has one header"
-            if state != "paused" and not (isinstance(record, Transition) and isinstance(record.event, Recovered)):
-                spent += record.time - since
-            since, state = record.time, record.dest if isinstance(record, Transition) else state
-        return spent
-
 
 @attrs.define(eq=False)
 class LiveWorld:
@@ -192,7 +182,7 @@ class LiveWorld:
         if self._inherited is not None:
             self._left.update(self._inherited.folded.leases)
             self.models.before = self._inherited.calls
-            self._spent.append(self._inherited.driven_sec())
+            self._spent.append(driven_sec(self._inherited.records))
         ways = {kind: functools.partial(self._give_back, way) for kind, way in ways.items()}
         self.leases = self.models.leases = JournaledLeases(self.journal.write, ways, dict(self._left))
 
@@ -368,6 +358,7 @@ class LiveWorld:
     def seat(self, role: str, number: int) -> Seat:
         """A place for the `number`th connection. Nothing is started."""
         member = self.cast[role]
+        self.models.meter.turn_began(role, 0, Budgets())  # what it uses to connect is of no turn, nor of its last one
         handle = self.sandbox.handle(f"{role}-{number}")
         self._handles[handle.name] = handle
         return Seat(member, self._transport(member, handle.name), handle)
@@ -702,7 +693,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
     writer = JournalWriter(journal, config.clock, header, [] if inherited is None else inherited.records)
     telemetry = Telemetry(header, redactor.text, writer.note)
     tell = Teller(instruction, writer, steps, limits)
-    questions = Questions(config.policy, terminal=config.terminal)
+    questions = Questions(config.policy, config.answer_sec, config.terminal)
     questions.bind(config.on_ask_user)
     world = LiveWorld(
         rollout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from states.errors import ConnectError, ProviderError
-from states.events import CheckAsked, Next, Paused, PlanDone, RoleAssigned
+from states.events import CheckAsked, Failure, Next, Paused, PlanDone, RoleAssigned
 from states.machine import is_silent
 from states.ports import Rollout, World
 
@@ -34,12 +34,14 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
         case _:  # done
             for lease in world.leases.open("director"):  # what is verified is a scene that nobody directs any more
                 await world.leases.give_back(lease)
-            _may_be_graded(rollout, world, spent)
-            return PlanDone(decision.why)
+            return PlanDone(decision.why, _spoilt(rollout, world, spent))
 
 
-def _may_be_graded(rollout: Rollout, world: World, spent: str) -> None:
-    """Work of which we know that somebody else than the agent spoilt it is not graded."""
+def _spoilt(rollout: Rollout, world: World, spent: str) -> Failure | None:
+    """Work of which we know that somebody else than the agent spoilt it is not graded: that is raised.
+
+    Where there is no work at all the table makes it void; then this is what the provider had said, if it had failed.
+    """
     facts = rollout.facts
     if not facts.prompted and (facts.assigned or spent):
         why = facts.failure.message if facts.failure else spent
@@ -47,7 +49,8 @@ def _may_be_graded(rollout: Rollout, world: World, spent: str) -> None:
     if world.meter.error is not None:
         raise world.meter.error
     refused = world.meter.provider_failure()
-    if refused:
-        world.note(f"the provider's last words: {refused}")
-    if refused and not is_silent(facts, PlanDone(), world.rules):  # silent ones are void, by the table
+    if not refused:
+        return None
+    if not is_silent(facts, PlanDone(), world.rules):
         raise ProviderError(f"the model's provider failed while the agent was at work: {refused}")
+    return Failure.of(ProviderError(refused))

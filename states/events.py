@@ -229,9 +229,10 @@ class RoleSwapped(Event):
 
 @attrs.frozen
 class PlanDone(Event):
-    """The plan holds no further turn."""
+    """The plan holds no further turn. `failure` is the provider's, where nothing was done for that."""
 
     why: str = ""
+    failure: Failure | None = None
 
 
 @attrs.frozen

@@ -319,7 +319,7 @@ class Segment(Protocol):
         """What it was sealed with; None while it is open."""
 
     async def changed_since(self, seconds: float) -> None:
-        """Return once nothing has been written for `seconds`."""
+        """Return once nothing has been written for `seconds`, while no question waited for its answer."""
 
     def seal(self, *, complete: bool, usage: Usage) -> None:
         """Commit it. A second seal is an error of ours."""

@@ -7,9 +7,12 @@ import json
 import anyio
 import attrs
 import pytest
-from harness import TRANSPORTS, FakeMeter, FakeVerifier, Stand, build, drive, on
+import trio
+import trio.testing
+from harness import TRANSPORTS, FakeMeter, FakeVerifier, Stand, assert_sound, build, drive, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sessions import segments
 from test_ways_out import hooked
 
 from orchestrator import Budgets, ConfigError, RolloutConfig, Scene, Turn
@@ -368,6 +371,36 @@ async def test_the_silence_of_a_turn_goes_before_the_usual_one(transport):
     """`idle_sec` of role and rollout is what a turn has that sets none."""
     stand = await drive(scoped(transport, WAITS, "turn", Budgets(idle_sec=0.05), idle_sec=0.001))
     assert [e.seconds for e in events(stand) if isinstance(e, ev.IdlePassed)] == [0.05]
+
+
+@pytest.mark.parametrize("by", ["handler", "terminal"])
+def test_an_agent_that_waits_for_an_answer_is_not_silent(transport, by):
+    """A person may take longer than the idle limit; from the answer on silence is the agent's own again."""
+
+    async def person(_request):
+        await anyio.sleep(200)
+        return "allow"
+
+    asks = {"on_ask_user": person} if by == "handler" else {"policy": "ask", "terminal": person}
+    script = {"turns": [[{"permission": {"title": "May I?"}}, {"say": "went on"}, {"wait_cancel": True}]]}
+    stand = build(transport, script, idle_sec=30.0, turn_sec=800.0, **asks)
+    trio.run(stand.rollout.run, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert_sound(stand)
+    assert [e.seconds for e in events(stand) if isinstance(e, ev.IdlePassed)] == [30.0]
+    assert stand.rollout.result().usage.by_turn[0].seconds == pytest.approx(230, abs=1)
+    (segment,) = segments(stand)
+    assert [step.data["by"] for step in segment.steps if step.data["type"] == "question"] == [by]
+    assert segment.steps[-1].data["text"] == "went on"
+
+
+@pytest.mark.anyio
+async def test_what_a_role_spends_to_connect_is_of_no_turn(transport):
+    """Also when it was connected before: its last turn is over, and that turn's budget holds for it no longer."""
+    stand = build(transport, SAYS, roles=("coder", "reviewer"), turns=tuple(map(Turn, ("coder", "reviewer", "coder"))))
+    counted(stand, state="connecting", usage=Usage(calls=1, input_tokens=7), nth=3)
+    await drive(stand)
+    spent = {(share.role, share.turn): share.usage.tokens for share in stand.rollout.result().usage.by_turn}
+    assert spent == {("coder", 1): 0, ("reviewer", 2): 0, ("coder", 0): 7, ("coder", 3): 0}
 
 
 @pytest.mark.anyio

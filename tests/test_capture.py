@@ -73,3 +73,14 @@ async def test_what_is_written_behind_a_torn_line_is_not_lost_with_it(
             segment.started(SAID)
     segment.started(SAID)
     assert [step.data["text"] for step in read_trajectory(tmp_path)[0].steps] == ["do it", "well"]
+
+
+async def test_a_segment_that_was_opened_again_begins_anew() -> None:
+    """Nobody was prompted the first time, whose line in the journal is missing: indices count from the second."""
+    sink = MemorySink()
+    for text in ("not sent", "do it"):
+        segment = TurnSegment(1, sink)
+        segment.opened(text)
+        segment.grew(segment.started(SAID), f", {text}")
+    (found,) = fold_trajectory(sink.lines)
+    assert [step.data["text"] for step in found.steps] == ["do it", "well, do it"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import AgentConfig, ConfigError, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator import AgentConfig, ConfigError, DirectorRole, Role, Rollout, RolloutConfig, Scene, Turn
 
 SCRIPTED = AgentConfig("mine", "session-factory", session_factory="harness:build_agent", calls_model=False)
 CALLER = AgentConfig("caller", "session-factory", session_factory="harness:build_agent", api=("openai-chat",))
@@ -37,6 +37,22 @@ ONE = Scene.single(SCRIPTED, prompt="x")
 def test_a_config_that_cannot_work_says_why(config, sentence):
     with pytest.raises(ConfigError, match=sentence):
         RolloutConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "least"), [("max_connects", 1), ("max_verifies", 1), ("max_turns", 1), ("max_checks", 0)]
+)
+@pytest.mark.parametrize("value", [-1, 1.5, "3", True, None])
+def test_a_count_that_is_none_is_refused(setting, least, value):
+    with pytest.raises(ConfigError, match=f"RolloutConfig: {setting} must be a whole number, {least} or more, not"):
+        RolloutConfig(prompt="x", agent="noop", **{setting: value})
+    assert getattr(RolloutConfig(prompt="x", agent="noop", **{setting: least}), setting) == least
+
+
+@pytest.mark.parametrize(("setting", "value"), [("limit", 0), ("limit", 2.5), ("checks", -1), ("checks", None)])
+def test_a_director_that_may_do_less_than_nothing_is_refused(setting, value):
+    with pytest.raises(ConfigError, match=f"DirectorRole: {setting} must be a whole number"):
+        DirectorRole(Role("lead", "noop"), **{setting: value})
 
 
 @pytest.mark.parametrize(

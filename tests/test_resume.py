@@ -23,11 +23,12 @@ from orchestrator.directors import CHECK
 from orchestrator.gateway.llm_log import expand
 from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
-from orchestrator.journal import read_journal, read_lines
+from orchestrator.journal import JournalWriter, read_journal, read_lines
 from orchestrator.recovery import reap, resume, take
+from orchestrator.result import driven_sec
 from orchestrator.tasks import DEMO_COMMAND, demo_task
 from states import events as ev
-from states.errors import ConfigError, QuietError, SandboxError
+from states.errors import ConfigError, JournalError, QuietError, SandboxError
 from states.journal import Note, Transition, fold
 
 SUM = "s=0; while read -r n; do s=$((s + n)); done < numbers.txt"
@@ -252,6 +253,105 @@ async def test_a_turn_that_was_cut_off_is_asked_again_when_that_is_wanted(transp
     assert [event.text for event in events(folder) if isinstance(event, ev.Prompted)] == ["One.", "One.", "Two."]
 
 
+async def stopped_twice(stand):
+    """Stopped in its turn, asked again, and stopped before that prompt was sent; its folder."""
+    folder = await left(stopped(stand))
+    rollout = await resume(folder, again(stand), ask_again=True)
+    rollout.stop("SIGTERM")
+    await rollout.run()
+    await rollout.detach()
+    stand.agents["agent"].script = {"turns": [[{"say": "done"}]]}
+    stand.sandbox.on_spawn = build("acp", {"turns": [[{"say": "done"}]]}).sandbox.on_spawn
+    return folder
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("ask_again", [True, False])
+async def test_a_turn_that_is_asked_again_already_is_not_asked_again_once_more(transport, tmp_path, ask_again):
+    """Whatever the second resume wants: its prompt is due, and behind it the plan goes on where it was."""
+    stand = build(transport, WAITS, turns=TWICE, out=tmp_path)
+    folder = await stopped_twice(stand)
+    result = await (await resume(folder, again(stand), ask_again=ask_again)).run()
+    assert [event.text for event in events(folder) if isinstance(event, ev.Prompted)] == ["One.", "One.", "Two."]
+    assert (result.state, result.turns) == ("closed/rewarded", 3)
+    assert not any("counts as taken" in note for note in result.notes)
+
+
+@pytest.mark.anyio
+async def test_a_director_sees_a_turn_that_was_asked_again_once(transport, tmp_path):
+    """It counts turns to know what is next: what was cut off is not one of them, but has its number."""
+    seen = []
+
+    def lead(story):
+        taken = len(story.turns)
+        seen.append((taken, story.coming, [turn.said for turn in story.turns]))
+        return Turn("agent", ("One.", "Two.")[taken]) if taken < 2 else None
+
+    stand = build(transport, WAITS, director=lead, out=tmp_path)
+    folder = await stopped_twice(stand)
+    result = await (await resume(folder, again(stand), ask_again=True)).run()
+    assert [event.text for event in events(folder) if isinstance(event, ev.Prompted)] == ["One.", "One.", "Two."]
+    assert seen == [(0, 1, []), (1, 2, [""]), (1, 3, ["done"]), (2, 4, ["done", "done"])]
+    assert result.state == "closed/rewarded"
+
+
+@pytest.mark.anyio
+async def test_a_turn_that_was_checked_is_not_asked_again(transport, tmp_path):
+    """It was cut off and counted as taken, and what came of it was looked at: the next turn follows from that."""
+
+    def lead(story):
+        if len(story.turns) == 1 and not story.checks:
+            return CHECK
+        return Turn("agent", ("One.", "Two.")[len(story.turns)]) if len(story.turns) < 2 else None
+
+    stand = build(transport, WAITS, director=lead, out=tmp_path)
+    folder = await left(stopped(stand))
+    rollout = await resume(folder, again(stand))
+    rollout.listeners.append(on("checking", lambda: rollout.stop("SIGTERM")))
+    await rollout.run()
+    await rollout.detach()
+    stand.agents["agent"].script = {"turns": [[{"say": "done"}]]}
+    stand.sandbox.on_spawn = build(transport, {"turns": [[{"say": "done"}]]}).sandbox.on_spawn
+    await (await resume(folder, again(stand), ask_again=True)).run()
+    assert [event.text for event in events(folder) if isinstance(event, ev.Prompted)] == ["One.", "Two."]
+
+
+@pytest.mark.anyio
+async def test_a_resumed_rollout_is_told_when_its_sandbox_goes_away(transport, tmp_path):
+    """Whoever watches the sandbox tells the rollout that goes on, as it told the one that was stopped."""
+    stand = stopped(build(transport, WAITS, turns=TWICE, out=tmp_path))
+    rollout = await resume(await left(stand), again(stand))
+    rollout.listeners.append(on("executing", lambda: rollout._world._lost("the host is down")))
+    with anyio.fail_after(20):
+        result = await rollout.run()
+    assert (result.state, result.verdict.owner) == ("closed/failed", "sandbox")
+    assert "the host is down" in result.verdict.reason
+
+
+@pytest.mark.anyio
+async def test_a_prompt_that_was_not_journaled_leaves_nothing_of_its_segment(transport, tmp_path, monkeypatch):
+    """The disk was full between the two: whoever goes on opens the turn of that number anew, and it reads as one."""
+    stand = build(transport, out=tmp_path)
+    rollout = stand.rollout
+    moved = JournalWriter.moved
+
+    def full(journal, source, event, *rest):
+        if isinstance(event, ev.Prompted):
+            raise JournalError("no space left on device")
+        return moved(journal, source, event, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalWriter, "moved", full)
+        await rollout.run()
+    assert rollout.state.startswith("session/")
+    await rollout.detach()
+    result = await (await resume(rollout.folder, again(stand))).run()
+    assert (result.state, result.turns) == ("closed/rewarded", 1)
+    (segment,) = read_trajectory(rollout.folder)
+    assert [step.data.get("text") for step in segment.steps if "text" in step.data] == ["Do it.", "well", "done"]
+    assert segment.sealed["steps"] == len(segment.steps) == 4
+
+
 @pytest.mark.anyio
 async def test_a_turn_that_ended_by_itself_is_not_asked_again(transport, tmp_path):
     """Stopped between turns, there is nothing to repeat."""
@@ -288,11 +388,13 @@ async def test_time_in_which_it_was_paused_or_dead_is_not_driven(tmp_path):
     ticking[0] += 1000
     going = await resume(folder, again(stand))
     left_over = going._world.time_left()
+    (wall,) = going.result().budgets
     await going.detach()
     taken = take(folder)
     whole = taken.records[-1].time - taken.records[0].time
     assert whole > 1100
-    assert taken.driven_sec() < whole - 1100
+    assert wall.spent <= driven_sec(taken.records) < whole - 1100
+    assert (wall.kind, wall.overshoot) == ("wall_sec", 0)
     assert 5000 - 100 < left_over < 5000
     result = await reap_here(taken, folder)
     assert result.state == "closed/failed"

@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 import pytest
 from harness import TRANSPORTS, FakeMeter, FakeVerifier, build, drive, on, twist
+from test_ways_out import hooked
 
 from orchestrator.recovery import reap
 from states.events import Usage
@@ -81,6 +82,17 @@ async def test_nothing_is_graded_over_a_failing_provider_also_beside_roles_witho
     stand.rollout._world.models._meters.append(FakeMeter(Usage(1, 1), "HTTP 401: no such key"))
     result = (await drive(stand)).rollout.result()
     assert (result.reward, result.verdict.owner) == (None, "provider")
+
+
+async def test_a_void_that_is_the_providers_says_what_the_provider_said(transport):
+    """In the verdict and among the errors, in its own words: nobody has to look for the reason."""
+    stand = build(transport, {"turns": [[{"say": "I cannot"}]]}, rules={"metered": True})
+    hooked(stand, on("executing", lambda: setattr(meter, "counted", Usage(2, 2))))
+    stand.rollout._world.models._meters.append(meter := FakeMeter(failure="HTTP 401: no such key"))
+    result = (await drive(stand)).rollout.result()
+    assert (result.state, result.verdict.owner) == ("closed/void", "provider")
+    assert result.verdict.reason == "nothing was done: all 2 model calls failed: HTTP 401: no such key"
+    assert [(e["event"], e["owner"], e["error"]) for e in result.errors] == [("PlanDone", "provider", "ProviderError")]
 
 
 async def test_what_is_held_is_not_leaked_while_it_runs_or_is_kept_by_wish(transport):

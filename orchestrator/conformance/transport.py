@@ -761,11 +761,7 @@ async def an_approval_whose_handler_outlasts_its_limit_runs_nothing(transport: T
         await anyio.sleep_forever()
         return "allow"
 
-    def bind(act: Act) -> None:
-        act.rollout._world.questions.limit_sec = SOON  # noqa: SLF001 - what a clause cannot wait for
-        act.rollout.on_ask_user(handler)
-
-    act = await Act(transport, _turns(APPROVE), at={"connecting": bind}).play()
+    act = await Act(transport, _turns(APPROVE), on_ask_user=handler, answer_sec=SOON).play()
     same("answers", (act.answers, act.sandbox.calls), ([("reject", "handler")], []))
     true("the step does not say why", "did not answer within" in _why(act))
     return act.story

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import attrs
 import pytest
+from harness import build
 from test_diagram import journal_of, write_journal
 
 from orchestrator import cli
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
-from orchestrator.show import one_line, rollouts_in, story_of, table, tell, tell_shortly
+from orchestrator.show import _step, one_line, plain, rollouts_in, story_of, table, tell, tell_shortly
 from orchestrator.watch import Follower
 from states.errors import ConfigError, JournalError
 from states.events import Usage, Verified
@@ -408,6 +409,23 @@ def test_a_turn_that_is_not_sealed_says_so(tmp_path):
     line = {"segment": 1, "step": 0, "data": {"type": "tool_call", "kind": "execute", "status": "failed"}}
     (tmp_path / "trajectory.jsonl").write_text(json.dumps(line) + "\n")
     assert "open, not sealed; 1 steps" in tell(story_of(tmp_path))
+
+
+@pytest.mark.anyio
+async def test_a_question_that_was_declined_is_told_with_the_reason(tmp_path):
+    """Who answered, with what, and why that and not something else."""
+
+    async def handler(_request):
+        raise RuntimeError("not today")
+
+    stand = build("acp", {"turns": [[{"permission": {"title": "May I?"}}]]}, on_ask_user=handler, out=tmp_path)
+    await stand.rollout.run()
+    assert "-> reject (handler: declined: the handler raised RuntimeError: not today)" in tell(
+        story_of(tmp_path / "r1")
+    )
+    assert _step({"type": "question", "prompt": "Sure?", "answer": None, "by": "nobody"}, plain) == (
+        "? Sure? -> no answer (nobody)"
+    )
 
 
 def test_a_follower_reads_what_was_appended_and_no_half_line(tmp_path):
