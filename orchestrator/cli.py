@@ -1214,7 +1214,7 @@ def conformance(sandbox: str, *, sandbox_options: tuple[str, ...], image: str | 
             click.echo(outcome.clause.asserts if outcome.passed else f"{outcome.clause.name}: {outcome.said}")
 
     async def run_all() -> tuple[Outcome, ...]:
-        return await run_clauses(make, lacks=lacks(sandbox), clauses=clauses, tell=tell)
+        return await run_clauses(clauses, make, lacks=lacks(sandbox), tell=tell)
 
     outcomes = anyio.run(run_all)
     failed = [outcome for outcome in outcomes if not outcome.passed]

@@ -45,21 +45,17 @@ class Outcome:
 
 
 async def run_clauses(
-    part: Any,
+    clauses: Collection[Clause[T]],
+    part: T,
     *,
     lacks: Collection[str] = (),
-    clauses: Collection[Clause[Any]] | None = None,
     tell: Callable[[Outcome], None] = lambda _outcome: None,
 ) -> tuple[Outcome, ...]:
     """Run clauses one after the other; what a part `lacks` leaves out the clauses that need it. Raises nothing.
 
-    `part` is what the clauses check: for those of sandboxes, which are the default, a callable that makes one.
-    `tell` hears of each outcome as soon as it is known.
+    `part` is what the clauses check: for `SANDBOX_CLAUSES` a callable that makes a sandbox, for `TRANSPORT_CLAUSES` a
+    `TransportUnderTest`. `tell` hears of each outcome as soon as it is known.
     """
-    if clauses is None:
-        from orchestrator.conformance.sandbox import SANDBOX_CLAUSES
-
-        clauses = SANDBOX_CLAUSES
     outcomes = []
     for clause in clauses:
         if clause.needs & set(lacks):

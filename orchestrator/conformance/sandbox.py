@@ -4,7 +4,7 @@ Each clause makes a sandbox, uses it through nothing but the Protocols of `state
 `ClauseError` saying what it saw. A clause names what it `needs`, so that a sandbox without real processes runs the
 rest:
 
-    outcomes = await run_clauses(lambda: MySandbox(...))
+    outcomes = await run_clauses(SANDBOX_CLAUSES, lambda: MySandbox(...))
     assert all(outcome.passed for outcome in outcomes), [str(outcome) for outcome in outcomes if not outcome.passed]
 
 or, in pytest, one test a clause:

@@ -5,7 +5,7 @@ and returns its `story`: journal and trajectory as text without what may differ 
 transport conforms when every clause passes; two of them agree when their stories are equal:
 
     mine = TransportUnderTest("mine", cast_mine)
-    outcomes = await run_clauses(mine, clauses=TRANSPORT_CLAUSES, lacks=("lost",))
+    outcomes = await run_clauses(TRANSPORT_CLAUSES, mine, lacks=("lost",))
 
 `cast` seats scripted agents: it gets a script for each role, the sandbox (whose `on_spawn` it may set), and the
 `Backstage` that those agents report to, and returns the scene's roles.

@@ -67,7 +67,7 @@ async def test_report_names_the_clause_that_a_transport_breaks():
     def mute(scripts, sandbox, backstage):
         return cast_session_factory({role: {"turns": [[]]} for role in scripts}, sandbox, backstage)
 
-    outcomes = await run_clauses(TransportUnderTest("mute", mute), clauses=TRANSPORT_CLAUSES[:3])
+    outcomes = await run_clauses(TRANSPORT_CLAUSES[:3], TransportUnderTest("mute", mute))
     assert [outcome.passed for outcome in outcomes] == [False, True, False]
     assert str(outcomes[0]).startswith("FAIL  a_turn_is_recorded_whole: ClauseError: steps")
 

@@ -59,12 +59,12 @@ async def test_report_says_which_clause_failed_and_how():
     def broken():
         return FakeSandbox(faults={"start": SandboxError("no room")})
 
-    outcomes = await run_clauses(broken, lacks=("processes",))
+    outcomes = await run_clauses(SANDBOX_CLAUSES, broken, lacks=("processes",))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     assert len(failed) > 5
     assert all("no room" in outcome.said for outcome in failed)
     assert str(failed[0]).startswith("FAIL  ")
-    assert all(outcome.passed for outcome in await run_clauses(FakeSandbox, lacks=("processes",)))
+    assert all(outcome.passed for outcome in await run_clauses(SANDBOX_CLAUSES, FakeSandbox, lacks=("processes",)))
 
 
 async def test_clause_fails_on_a_sandbox_that_lies():

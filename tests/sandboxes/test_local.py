@@ -640,7 +640,7 @@ async def main():
     count = iter(range(1000))
     make = lambda: LocalSandbox(name="x", root=Path(sys.argv[1], str(next(count))), limits=Limits(pids=50))
     clauses = [clause for clause in SANDBOX_CLAUSES if clause.name in sys.argv[3].split(",")]
-    for outcome in await run_clauses(make, clauses=clauses):
+    for outcome in await run_clauses(clauses, make):
         print(outcome)
 
 anyio.run(main, backend=sys.argv[4])
