@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import math
 import os
@@ -25,26 +24,26 @@ import anyio.to_thread
 import attrs
 import msgspec
 
-from orchestrator import metering
 from orchestrator._tasks import first_of
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
 from orchestrator.capture import DIRECTOR, RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
 from orchestrator.config import DirectorRole, RolloutConfig, Scene
-from orchestrator.directing import AgentDirector, HeardSegment, Outside, check_agent_of
+from orchestrator.directing import AgentDirector, HeardSegment, Outside
 from orchestrator.directors import DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import GiveBack, JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
 from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
-from orchestrator.redact import RedactingSink, Redactor, secrets_of
+from orchestrator.redact import RedactingSink, Redactor
 from orchestrator.registry import Place
+from orchestrator.resolved import Resolved, resolve
 from orchestrator.result import RolloutResult, driven_sec, redacted, result_of
-from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox
+from orchestrator.sandboxes import SandboxSpec, make_sandbox
 from orchestrator.telemetry import Telemetry
 from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
-from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, VerifierError
+from states.errors import ConfigError, JournalError, SandboxError, VerifierError
 from states.events import BudgetSpent, IdlePassed, Next, Share
 from states.journal import Folded, Header, LeaseRecord, Record, Stopped
 from states.machine import Facts, Position, Rules
@@ -645,95 +644,70 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
     Raises `ConfigError` (a `TaskError` for a malformed task) before anything exists but the folder; also when what is
     inherited was made from other inputs.
     """
-    check_sandbox(config.sandbox, config.sandbox_options)
-    task = _task(config)
-    scene, led = config.the_scene(), config.the_director()
-    workers = {role.name: _cast(config, role, task) for role in scene.roles}
-    cast = workers if led is None else {**workers, led.role.name: _cast(config, led.role, task)}
-    limits = config.limits()
-    tracking = metering.decide(config, tuple(cast.values()), limits)
-    if led is not None:
-        _check_director(config, led, cast[led.role.name], tracking)
-    rules = Rules(
-        metered=tracking.tracked and all(member.agent.calls_model for member in workers.values()),
-        usage_required=config.usage_tracking == "required",
-        has_verifier=config.verifier is not None and (task is not None or config.verifier != "task"),
-        max_connects=config.max_connects,
-        max_verifies=config.max_verifies,
-    )
-    redactor = Redactor()
-    redactor.add(*(s for member in cast.values() for s in secrets_of(member.env)))
-    redactor.add(*(m.upstream.api_key for m in cast.values() if m.upstream is not None and m.upstream.api_key))
-    about = _about(config, task, cast, tracking, limits)
-    header = Header(rollout, rules, config.clock(), info=about)
+    found = resolve(config)
+    redactor = found.redactor()
+    header = Header(rollout, found.rules(), config.clock(), info=_about(found))
     if inherited is not None:
         _check_same(inherited.header, header)
         header = inherited.header
     folder = _folder(config, rollout) if inherited is None else inherited.folder
-
-    def sink(name: str) -> Sink:
-        return RedactingSink(FileSink(folder / name) if folder else MemorySink(), redactor)
-
-    steps = FileSink(folder / "trajectory.jsonl") if folder else MemorySink()
-    trajectory = RedactingSink(steps, redactor)
-
-    lines = config.journal or (JournalSink(folder / "journal.jsonl") if folder else MemorySink())
-    journal = RedactingSink(lines if inherited is None else inherited.sink, redactor)
-    llm, bell, hold = sink("llm.jsonl"), Bell(), Hold(config.monotonic)
-    told = sink(DIRECTOR) if led is not None else MemorySink()
+    journal = _journal(config, header, folder, inherited, redactor)
+    steps, llm, told = (_lines(folder, name) for name in ("trajectory.jsonl", "llm.jsonl", DIRECTOR))
+    bell, telemetry = Bell(), Telemetry(header, redactor.text, journal.note)
+    calls = RedactingSink(llm, redactor)
 
     def model_called(line: dict[str, Any]) -> None:
-        llm.write(encode_any(line))
+        calls.write(encode_any(line))
         bell.ring()
         telemetry.called(line)
 
-    if folder and inherited is None:
-        (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
-    instruction = config.prompt if config.prompt is not None else task.instruction if task is not None else ""
-    writer = JournalWriter(journal, config.clock, header, [] if inherited is None else inherited.records)
-    telemetry = Telemetry(header, redactor.text, writer.note)
-    tell = Teller(instruction, writer, steps, limits)
     questions = Questions(config.policy, config.answer_sec, config.terminal)
     questions.bind(config.on_ask_user)
+    tell = Teller(found.instruction, journal, steps, found.limits)
     world = LiveWorld(
-        rollout,
-        config,
-        rules,
-        writer,
-        questions,
-        cast,
-        tracking,
-        limits,
-        ModelAccess(rollout, tracking, config, model_called, limits),
-        folder,
-        task,
-        tell,
-        _plan(config, tuple(workers), tell),
-        redactor,
-        trajectory,
-        llm,
-        told,
-        hold,
-        bell,
-        telemetry,
-        inherited,
+        id=rollout,
+        config=config,
+        rules=header.rules,
+        journal=journal,
+        questions=questions,
+        cast=found.cast,
+        tracking=found.tracking,
+        limits=found.limits,
+        models=ModelAccess(rollout, found.tracking, config, model_called, found.limits),
+        folder=folder,
+        task=found.task,
+        story=tell,
+        plan=_plan(config, tuple(role.name for role in found.scene.roles), tell),
+        redactor=redactor,
+        trajectory=RedactingSink(steps, redactor),
+        llm=calls,
+        told=RedactingSink(told, redactor),
+        hold=Hold(config.monotonic),
+        bell=bell,
+        telemetry=telemetry,
+        inherited=inherited,
     )
-    if led is not None:
-        world.led_by(led, scene)
+    if found.led is not None:
+        world.led_by(found.led, found.scene)
     return world
 
 
-def _check_director(config: RolloutConfig, led: DirectorRole, member: Cast, tracking: Metering) -> None:
-    """Raise `ConfigError` for a director that cannot work."""
-    check_agent_of(led, member.agent)
-    given = any(name.endswith(("_BASE_URL", "_API_KEY")) for name in member.env)
-    brought = given or (config.usage_tracking == "off" and member.upstream is not None)
-    if member.agent.metered and not tracking.tracked and not brought:
-        raise ConfigError(
-            f"the director {member.name!r} ({member.agent.name}) calls a model through the gateway, but "
-            f"{tracking.reason}; to go without, say usage_tracking=off and bring an upstream, "
-            "or give OPENAI_BASE_URL and OPENAI_API_KEY in its role's env"
-        )
+def _lines(folder: Path | None, name: str) -> FileSink | MemorySink:
+    """Where the lines of one artifact go; a file is made by the first one."""
+    return FileSink(folder / name) if folder else MemorySink()
+
+
+def _journal(
+    config: RolloutConfig, header: Header, folder: Path | None, inherited: Inherited | None, redactor: Redactor
+) -> JournalWriter:
+    """The journal: one that begins here, beside the config in its folder, or the one that is gone on with."""
+    if inherited is not None:
+        sink = RedactingSink(inherited.sink, redactor)
+        return JournalWriter(sink, config.clock, header, inherited.records)
+    if folder:
+        (folder / "config.json").write_bytes(redactor.document(encode_any(header.info)) + b"\n")
+    lines = config.journal or (JournalSink(folder / "journal.jsonl") if folder else MemorySink())
+    return JournalWriter(RedactingSink(lines, redactor), config.clock, header)
 
 
 @attrs.frozen
@@ -777,42 +751,6 @@ def started_at(pid: int) -> str | None:
     return stat.rpartition(")")[2].split()[19]
 
 
-def _task(config: RolloutConfig) -> Any:
-    if not isinstance(config.task, str | Path):
-        return config.task
-    from orchestrator.tasks.loading import load_task
-
-    return load_task(config.task)
-
-
-def _cast(config: RolloutConfig, role: Any, task: Any) -> Cast:
-    agent = config.registry.resolve(role.agent)
-    if missing := [module for module in agent.requires if importlib.util.find_spec(module) is None]:
-        raise MissingExtra(
-            f"agent {agent.name} needs {missing[0]}, which is not installed: pip install "
-            f"'rollout-orchestrator[{agent.name}]'"
-        )
-    own = role.turn_sec or config.turn_sec or (task.agent_timeout_sec if task is not None else None)
-    return Cast(
-        role,
-        agent,
-        metering.upstream_for(config, role, agent),
-        {**_task_env(config, task), **config.env, **role.env},
-        turn_sec=own or TURN_SEC,
-        idle_sec=role.idle_sec or config.idle_sec,
-    )
-
-
-def _task_env(config: RolloutConfig, task: Any) -> dict[str, str]:
-    """What every command of the task should see. Raises `ConfigError` for a `${NAME}` that nobody gave."""
-    if task is None:
-        return {}
-    from orchestrator.tasks.task import resolve_env
-
-    resolve_env(task.verification.env, config.env, f"task {task.name}: verifier env")
-    return resolve_env(task.env, config.env, f"task {task.name}: env")
-
-
 def _folder(config: RolloutConfig, rollout: str) -> Path | None:
     if config.out is None:
         return None
@@ -824,20 +762,18 @@ def _folder(config: RolloutConfig, rollout: str) -> Path | None:
         raise ConfigError(f"out: {folder} cannot be made: {error.strerror or error}") from error
 
 
-def _about(
-    config: RolloutConfig, task: Any, cast: Mapping[str, Cast], tracking: Metering, limits: Limits
-) -> dict[str, Any]:
+def _about(found: Resolved) -> dict[str, Any]:
     """What `config.json` and the journal's header say of the config: no secrets, by construction.
 
     `identity` is the hash of the inputs alone: a rollout goes on with the same ones, or not at all. Where models are
     served, what the variables' values are and who asks for it may change.
     """
-    inputs = _inputs(config, task, cast, limits)
+    inputs = found.inputs()
     return {
         **inputs,
         "identity": hashlib.sha256(encode_any(inputs)).hexdigest(),
-        "tracked": tracking.tracked,
-        "made_from": dict(config.made_from),
+        "tracked": found.tracking.tracked,
+        "made_from": dict(found.config.made_from),
         "owner": owner(),
         "scratch": tempfile.gettempdir(),
     }
@@ -864,40 +800,3 @@ def _rules_of(header: Header) -> dict[str, Any]:
 def _brief(value: Any) -> str:
     text = encode_any(value).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _inputs(config: RolloutConfig, task: Any, cast: Mapping[str, Cast], limits: Limits) -> dict[str, Any]:
-    return {
-        "task": task.name if task is not None else None,
-        "task_digest": task.digest if task is not None else None,
-        "roles": {
-            member.name: {
-                "agent": member.agent.name,
-                "agent_digest": hashlib.sha256(encode_any(attrs.asdict(member.agent))).hexdigest()[:16],
-                "protocol": member.agent.protocol,
-                "model": member.model,
-                "env": sorted(member.env),
-                "turn_sec": member.turn_sec,
-                "idle_sec": member.idle_sec,
-            }
-            for member in cast.values()
-        },
-        "turns": [
-            {"role": turn.role, "prompt": turn.prompt, **({"budgets": own} if (own := turn.budgets.given()) else {})}
-            for turn in config.the_scene().turns
-        ],
-        "director": led.role.name if (led := config.the_director()) is not None else None,
-        "budgets": [attrs.asdict(limit) for limit in limits.all()],
-        "sandbox": config.sandbox if isinstance(config.sandbox, str) else type(config.sandbox).__qualname__,
-        "network": config.network,
-        "image": config.image,
-        "image_map": dict(config.image_map),
-        "sandbox_options": dict(config.sandbox_options),
-        "usage_tracking": config.usage_tracking,
-        "gateway_reach": config.gateway_reach,
-        "deadlines": dict(config.deadlines),
-        "policy": config.policy,
-        "prompt": config.prompt,
-        "verifier": config.verifier if config.verifier in ("task", None) else type(config.verifier).__qualname__,
-        "max_checks": config.max_checks,
-    }
