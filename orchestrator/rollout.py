@@ -15,6 +15,7 @@ order of things, and that is all that is here:
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import traceback
 from collections import deque
@@ -439,8 +440,10 @@ def run_sync(config: RolloutConfig, *, backend: str = "asyncio") -> RolloutResul
         1
 
     Raises:
-        ConfigError: the configuration cannot work, or a loop runs in this thread.
+        ConfigError: the configuration cannot work, a loop runs in this thread, or there is no such backend here.
     """
+    if backend not in anyio.get_all_backends() or importlib.util.find_spec(backend) is None:
+        raise ConfigError(f"no backend {backend!r} here: there is asyncio, and trio where that is installed")
     try:
         anyio.get_current_task()
     except RuntimeError:  # no loop runs in this thread, as it should be

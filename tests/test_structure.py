@@ -423,3 +423,4 @@ def test_every_error_of_the_tree_is_public_and_documented():
 def test_the_packages_say_that_they_are_typed():
     assert (ROOT / "states" / "py.typed").is_file()
     assert (ROOT / "orchestrator" / "py.typed").is_file()
+    assert (ROOT / "rollout_orchestrator" / "py.typed").is_file()

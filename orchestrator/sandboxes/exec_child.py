@@ -537,6 +537,8 @@ class Keeper:
                 answer = {"error": str(error), "kind": error.kind}
             except OSError as error:
                 answer = {"error": said(error), "kind": "failed"}
+            except Exception as error:  # no answer would mean that we are gone; a NUL in an argument is a ValueError
+                answer = {"error": f"{type(error).__name__}: {error}", "kind": "failed"}
             try:
                 conn.sendall(json.dumps(answer).encode() + b"\n")
             except OSError:
@@ -548,8 +550,9 @@ class Keeper:
             self.environments[asked["environment"]] = {**FALLBACK, **os.environ, **asked["env"]}
             return {}
         if do == "stop":
-            if asked["id"] in self.runs:
-                self.runs[asked["id"]].kill()
+            process = self.runs.get(asked["id"])
+            if process is not None:
+                process.kill()
             return {}
         if do == "run":
             return self.to_its_end(asked, conn)

@@ -100,6 +100,14 @@ async def test_run_sync_in_a_running_loop_says_what_to_do_instead():
         run_sync(speaking("never"))
 
 
+@pytest.mark.parametrize("backend", ["curio", "trio"])
+def test_a_backend_that_is_not_there_is_a_sentence(backend, monkeypatch):
+    """Nobody has to know whose LookupError it would be."""
+    monkeypatch.setitem(sys.modules, "trio", None)
+    with pytest.raises(ConfigError, match=f"no backend '{backend}' here: there is asyncio"):
+        run_sync(speaking("never"), backend=backend)
+
+
 # --- every part is the host's, or left out -----------------------------------------------------------------------
 
 

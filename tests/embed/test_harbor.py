@@ -135,6 +135,20 @@ def test_roles_take_turns_in_harbors_environment(trials):
     assert set(trial.context["metadata"]["usage"]["by_role"]) == {"coder", "reviewer"}
 
 
+def test_harbors_context_is_filled_while_the_rollout_runs(harbor_says):
+    """At each move, not only at the end: whoever looks while a command runs sees in which state that is."""
+    assert harbor_says["during"][0] == "", "nothing has moved yet"
+    assert "executing" in harbor_says["during"]
+    assert harbor_says["during"][-1] == "releasing"
+
+
+def test_harbors_schema_lists_our_settings(harbor_says):
+    """What `--ak` takes is what `harbor agent schema` prints."""
+    ours = {"agent", "scene", "roles", "policy", "usage_tracking", "turn_sec", "idle_sec", "timeout"}
+    limits = {"max_tokens", "max_cost", "max_tool_calls"}
+    assert set(harbor_says["options"]) - set(harbor_says["options of Harbor"]) == ours | limits
+
+
 def test_harbors_timeout_keeps_the_context_and_ends_the_agent(trials):
     """Its agent was at work when Harbor's own timeout passed: what it used is kept, what it wanted to write is not."""
     trial = trials["late"]

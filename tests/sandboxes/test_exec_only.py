@@ -27,7 +27,7 @@ from orchestrator.sandboxes.exec_only import ExecOnlySandbox
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.sandboxes.local import LocalSandbox
 from orchestrator.tasks import DEMO_COMMAND, demo_task
-from states.errors import QuietError, SandboxError
+from states.errors import HandleRevoked, QuietError, SandboxError
 from states.ports import ExecResult
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
@@ -242,6 +242,15 @@ async def test_after_a_write_of_which_nobody_knows_what_arrived_nothing_follows(
         hanging.hangs = False
         with pytest.raises(SandboxError, match="cannot write: stdin is closed"):
             await channel.send(b"second\n")
+
+
+async def test_what_cannot_be_started_is_an_error_and_not_the_end_of_the_handle(box):
+    """A NUL in an argument, which no kernel takes: the next command runs."""
+    async with opened(box, "one") as (one,):
+        with pytest.raises(SandboxError, match="null byte") as caught:
+            await one.exec(["printf", "a\0b"])
+        assert not isinstance(caught.value, HandleRevoked)
+        assert (await one.exec("echo on")).stdout == "on\n"
 
 
 KEEPERS = 'for p in /proc/[0-9]*; do if [ "$(cat $p/comm)" = rollout-keeper ]; then echo ${p#/proc/}; fi; done'
