@@ -17,7 +17,6 @@ from orchestrator import AgentConfig, ConfigError, Registry, Rollout, RolloutCon
 from orchestrator.agents.scripted import ScriptedAgent
 from orchestrator.capture import read_trajectory
 from orchestrator.journal import MemorySink, read_journal
-from orchestrator.recovery import reap
 from orchestrator.sandboxes.fake import FakeSandbox
 from states.journal import Transition, fold
 from states.ports import ExecResult
@@ -266,9 +265,12 @@ def test_a_host_whose_asyncio_run_ends_gets_its_rollouts_captured_and_given_back
 @pytest.mark.sandbox
 def test_after_a_loop_that_just_stopped_the_reaper_does_it_from_the_journals(tmp_path):
     """A loop that is stopped cancels nothing; the turn in flight gets its one capture, the sandbox is given back."""
-    for folder in hosted("stops", tmp_path):
-        assert fold(read_journal(folder)).position.state == "executing"
-        anyio.run(reap, folder)
+    folders = hosted("stops", tmp_path)
+    assert [fold(read_journal(folder)).position.state for folder in folders] == ["executing", "executing"]
+    command = [sys.executable, "-m", "orchestrator", "reap", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for folder in folders:
         records = read_journal(folder)
         names = [record.event.name for record in records if isinstance(record, Transition)]
         assert fold(records).position.closed
