@@ -29,7 +29,7 @@ from anyio.abc import TaskGroup
 
 from orchestrator._tasks import Abandoned, Detached, first_of
 from orchestrator.journal import encode, read_journal
-from orchestrator.recovery import is_alive, owner_of
+from orchestrator.owners import is_alive, owner_of
 from orchestrator.rollout import Rollout
 from orchestrator.world import Bell
 from states.errors import ConfigError

@@ -25,12 +25,13 @@ from orchestrator.gateway.llm_log import used_by
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, read_journal, read_lines
 from orchestrator.leases import JournaledLeases
 from orchestrator.metering import remove_socket
+from orchestrator.owners import is_alive, owner, owner_of
 from orchestrator.registry import Registry
 from orchestrator.result import RolloutResult, result_of
 from orchestrator.rollout import Rollout
 from orchestrator.sandboxes import reaper
 from orchestrator.telemetry import Telemetry
-from orchestrator.world import Inherited, LiveWorld, build_world, owner, started_at, write_result
+from orchestrator.world import Inherited, LiveWorld, build_world, write_result
 from states.counting import total
 from states.deadlines import DEADLINES, Deadline
 from states.errors import ConfigError, QuietError, SandboxError
@@ -190,23 +191,6 @@ def take(folder: Path) -> Inherited:
     except BaseException:
         sink.close()
         raise
-
-
-def owner_of(records: Iterable[Record]) -> Mapping[str, Any]:
-    """Which process drives a rollout, or was the last to: `host`, `pid`, `started`."""
-    known: Mapping[str, Any] = {}
-    for record in records:
-        match record:
-            case Header(info=info):
-                known = info.get("owner") or {}
-            case Transition(event=Recovered(owner=found)) if found:
-                known = found
-    return known
-
-
-def is_alive(owned: Mapping[str, Any]) -> bool:
-    """Whether the process of `owner_of` is there, on this machine."""
-    return bool(owned.get("started")) and started_at(int(owned["pid"])) == owned["started"]
 
 
 def moves(records: Iterable[Record]) -> Iterator[Transition]:

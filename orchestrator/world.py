@@ -11,9 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
-import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from orchestrator.directors import DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import GiveBack, JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
+from orchestrator.owners import labels_of, owner
 from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
 from orchestrator.redact import RedactingSink, Redactor
@@ -319,7 +318,7 @@ class LiveWorld:
             image=self.config.image or (self.task.docker_image if self.task is not None else None),
             build=self.task.dockerfile.parent if self.task is not None and self.task.dockerfile else None,
             image_map=self.config.image_map,
-            labels={"rollout": self.id, **{f"owner-{key}": str(value) for key, value in owner().items()}},
+            labels=labels_of(self.id, self.folder),
             ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
             options=self.config.sandbox_options,
             note=self.note,
@@ -575,8 +574,6 @@ class LiveWorld:
 
     async def _stop_sandbox(self, _lease: Lease) -> tuple[str, ...]:
         await self.models.leave()
-        for handle in self._handles.values():
-            await handle.end()
         await self.sandbox.stop()
         return ("sandbox stopped",)
 
@@ -735,20 +732,6 @@ def _plan(config: RolloutConfig, roles: tuple[str, ...], teller: Teller) -> Plan
     if callable(config.director):
         return DirectedPlan(config.director, teller, roles, config.max_checks)
     return config.plan or FixedPlan(config.the_scene().turns, teller.instruction)
-
-
-def owner() -> dict[str, Any]:
-    """Which process drives this rollout: found alive or dead by whoever wants to take it over."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
-
-
-def started_at(pid: int) -> str | None:
-    """When a process of this machine started, in its kernel's own words; None when there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
 
 
 def _folder(config: RolloutConfig, rollout: str) -> Path | None:

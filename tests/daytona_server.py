@@ -620,8 +620,10 @@ class DaytonaServer:
         return web.json_response(self._dto(box))
 
     async def labels(self, request):
+        from daytona_api_client_async import SandboxLabels
+
         box = self._box(request)
-        box.dto["labels"] = (await request.json())["labels"]
+        box.dto["labels"] = (await self._body(request, SandboxLabels)).labels
         return web.json_response({"labels": box.dto["labels"]})
 
     async def interval(self, request):

@@ -13,16 +13,18 @@ import uuid
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 import requirements
 from docker_images import BARE, DEBIAN, ask
+from test_resume import STATES, config_of, killed_in, went_on
 
 requirements.module("aiodocker", "docker")
 
 from orchestrator import Rollout, RolloutConfig
 from orchestrator.capture import read_trajectory
 from orchestrator.journal import read_journal
-from orchestrator.recovery import reap
+from orchestrator.recovery import reap, take
 from orchestrator.sandboxes.docker import LABEL, sweep
 from orchestrator.tasks import demo_task
 from states.journal import LeaseRecord, Transition
@@ -30,6 +32,7 @@ from states.journal import LeaseRecord, Transition
 pytestmark = pytest.mark.docker
 
 IMAGES = {"debian:stable-slim": DEBIAN}
+BARELY = {"debian:stable-slim": BARE}
 ROLLOUT_SEC = 120
 PID = f"{LABEL}owner-pid"
 
@@ -165,65 +168,36 @@ def test_benchflows_own_hello_world_runs_as_it_is(tmp_path, hello_world, agent, 
 
 # --- the orchestrator is killed ------------------------------------------------------------------------------
 
-CHILD = """
-import json, os, sys
-from pathlib import Path
-import anyio
-from orchestrator import Rollout, RolloutConfig
-from orchestrator.sandboxes import docker
-from orchestrator.tasks.authoring import demo_task
+TRANSPORT = {"session/acp": "acp"}
+"""Which transport leads to a state; the other one to all others."""
 
-state, out, name, images = sys.argv[1], Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-turn = [{"say": "working"}, {"shell": "setsid sleep 1000 & echo started"}, {"say": "waiting"}, {"shell": "sleep 1000"}]
-
-def die(moved=None):
-    if moved is None or moved.dest == state:
-        os.kill(os.getpid(), 9)
-
-if state == "provisioning":  # the container runs, and its lease is only intended
-    real = docker._accepted
-    async def accepted(listener):
-        await real(listener)
-        die()
-    docker._accepted = accepted
-
-config = RolloutConfig(
-    task=demo_task(), agent="scripted", env={"ROLLOUT_SCRIPT": json.dumps({"turns": [turn]})}, sandbox="docker",
-    image_map=images, out=out, new_id=lambda: name, hooks=(die,), turn_sec=1,
-)
-anyio.run(Rollout(config).run)
-"""
-STATES = (
-    "provisioning",
-    "disconnected",
-    "connecting",
-    "session/factory",
-    "executing",
-    "cancelling",
-    "capturing/partial",
-    "quiescing",
-    "verifying",
-    "releasing",
-)
+KILLED_IN = ("session/acp", *(state.replace("session", "session/factory") for state in STATES))
 
 
-def killed_in(state: str, out: Path, images: dict[str, str] = IMAGES, **env: str) -> Path:
-    """The folder of a rollout whose orchestrator was killed as it entered `state`."""
-    name = f"killed-{uuid.uuid4().hex[:8]}"
-    argv = [sys.executable, "-c", CHILD, state, str(out), name, json.dumps(images)]
-    env = {**os.environ, **env}
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ROLLOUT_SEC, env=env)
-    assert done.returncode == -9, done.stderr
-    return out / name
+def there(state: str) -> dict:
+    """Where those are that are killed; turns are as long as they need to be there."""
+    return {"sandbox": "docker", "image_map": IMAGES, "turn_sec": 1.0 if state == "releasing" else 2.0}
 
 
-@pytest.mark.parametrize("state", STATES)
+def killed(state: str, out: Path, **where) -> Path:
+    """The folder of a rollout whose orchestrator was killed as it entered `state`, a leaf of the machine."""
+    transport = TRANSPORT.get(state, "session-factory")
+    word = "session" if state.startswith("session/") else state
+    return killed_in(word, transport, out, **{**there(state), **where})
+
+
+@pytest.mark.parametrize("state", KILLED_IN)
 def test_a_killed_rollout_leaves_nothing_once_it_is_reaped(state, tmp_path):
     """What ran in the container ends by itself; reaping captures, closes and removes."""
-    folder = killed_in(state, tmp_path)
+    folder = killed(state, tmp_path)
     assert left_by(folder) == 200
     status, answer = ask("POST", f"/containers/rollout-{folder.name}/wait")
     assert (status, json.loads(answer)["StatusCode"]) == (200, 3)
+    assert_reaped(folder, state)
+
+
+def assert_reaped(folder: Path, state: str) -> None:
+    """It is closed, each prompt has its capture, nothing is held, and there is no container."""
     result = anyio.run(reap, folder)
     assert result.state == ("closed/rewarded" if state == "releasing" else "closed/failed")
     names = [record.event.name for record in read_journal(folder) if isinstance(record, Transition)]
@@ -231,6 +205,47 @@ def test_a_killed_rollout_leaves_nothing_once_it_is_reaped(state, tmp_path):
     assert not result.leaked
     assert left_by(folder) == 404
     assert not any(record.lease.kind == "sandbox" for record in _open_leases(folder))
+
+
+INTENDED = """
+import json, os, sys
+from pathlib import Path
+import anyio
+from orchestrator import Rollout, RolloutConfig
+from orchestrator.sandboxes import docker
+from orchestrator.tasks.authoring import demo_task
+
+real = docker._accepted
+async def accepted(listener):
+    await real(listener)
+    os.kill(os.getpid(), 9)
+docker._accepted = accepted
+config = RolloutConfig(
+    task=demo_task(), agent="oracle", sandbox="docker", out=Path(sys.argv[1]), new_id=lambda: sys.argv[2],
+    image_map=json.loads(sys.argv[3]),
+)
+anyio.run(Rollout(config).run)
+"""
+
+
+def test_a_container_whose_lease_was_only_intended_is_found_by_its_name(tmp_path):
+    """Its orchestrator was killed in the moment in which the container came up."""
+    folder = tmp_path / f"intended-{uuid.uuid4().hex[:8]}"
+    argv = [sys.executable, "-c", INTENDED, str(tmp_path), folder.name, json.dumps(IMAGES)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=ROLLOUT_SEC)
+    assert done.returncode == -9, done.stderr
+    assert left_by(folder) == 200
+    assert_reaped(folder, "provisioning")
+
+
+@pytest.mark.parametrize("state", ["session/acp", "executing", "checking", "verifying"])
+def test_a_killed_rollout_goes_on_in_its_container(state, tmp_path):
+    """With the files as they were: it is rewarded, and nothing is left."""
+    folder = killed(state, tmp_path)
+    config = config_of(TRANSPORT.get(state, "session-factory"), tmp_path, folder.name, state)
+    result = anyio.run(went_on, folder, attrs.evolve(config, **there(state)))
+    assert (result.state, result.reward, result.leaked) == ("closed/rewarded", 1.0, ()), result.errors
+    assert left_by(folder) == 404
 
 
 def _open_leases(folder: Path) -> list[LeaseRecord]:
@@ -245,12 +260,34 @@ def test_what_was_killed_is_found_without_its_journal(tmp_path, dockerd):
     """By label, in an engine where nobody else is killed; afterwards its journal can still be closed."""
     engine = dockerd()
     engine.load(BARE)
-    folder = killed_in("executing", tmp_path, {"debian:stable-slim": BARE}, DOCKER_HOST=engine.url)
+    folder = killed("executing", tmp_path, image_map=BARELY, sandbox_options={"engine": engine.url})
     (left,) = engine.containers()
     told = anyio.run(sweep, {"engine": engine.url})
     assert told == (f"removed container rollout-{folder.name} of process {left['Labels'][PID]}, which is gone",)
     assert engine.containers() == []
     assert anyio.run(reap, folder).state == "closed/failed"
+
+
+def test_what_another_process_goes_on_with_is_no_dead_ones(tmp_path, dockerd):
+    """Its labels name who was killed; no sweep takes it from who resumed it, nor while that is still on its way."""
+    engine = dockerd()
+    engine.load(BARE)
+    where = {**there("executing"), "image_map": BARELY, "sandbox_options": {"engine": engine.url}}
+    folder = killed("executing", tmp_path, **where)
+    swept = []
+
+    async def look(moved) -> None:
+        if moved.dest in ("executing", "verifying"):
+            swept.extend([moved.dest, *await sweep({"engine": engine.url})])
+
+    taken = take(folder)
+    assert anyio.run(sweep, {"engine": engine.url}) == ()
+    taken.sink.close()
+    config = config_of("session-factory", tmp_path, folder.name, "executing")
+    result = anyio.run(went_on, folder, attrs.evolve(config, **where, hooks=(look,)))
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), result.errors
+    assert swept == ["executing", "verifying"]
+    assert engine.containers() == []
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------
@@ -346,6 +383,25 @@ def test_an_engine_that_goes_away_in_mid_turn_is_the_sandboxes_failure(tmp_path,
     engine.start_again()
     assert not anyio.run(reap, folder).leaked
     assert engine.containers() == []
+
+
+@pytest.mark.parametrize("state", ["executing", "capturing/whole", "quiescing", "verifying"])
+def test_a_container_that_vanishes_is_the_sandboxes_failure(state, tmp_path):
+    """Somebody removed it: nothing is graded, what was said is kept, whoever finds out first."""
+    name = f"gone-{uuid.uuid4().hex[:8]}"
+
+    def vanish(moved) -> None:
+        if moved.dest == state:
+            ask("DELETE", f"/containers/rollout-{name}?force=1")
+
+    script = [{"say": "words"}, *([{"shell": "sleep 1000"}] if state == "executing" else [])]
+    result = play("scripted", script=script, out=tmp_path, new_id=lambda: name, hooks=(vanish,))
+    failed(result)
+    (segment,) = read_trajectory(Path(result.folder))
+    assert segment.sealed is not None
+    assert segment.steps[1].data["text"] == "words"
+    assert not any(lease.startswith("sandbox ") for lease in result.leaked)
+    assert left_by(Path(result.folder)) == 404
 
 
 def test_a_disk_that_is_full_is_the_sandboxes_failure(tmp_path, dockerd):

@@ -15,9 +15,9 @@ from test_ways_out import DONE, REACH, TURN, hooked, planned
 
 from orchestrator import ConfigError, ExecResult, Turn
 from orchestrator.journal import MemorySink, read_journal
-from orchestrator.sandboxes.fake import HANG
+from orchestrator.sandboxes.fake import HANG, FakeSandbox
 from states import events as ev
-from states.errors import JournalError
+from states.errors import JournalError, QuietError
 from states.events import Failure
 from states.journal import fold
 
@@ -501,6 +501,22 @@ async def test_a_sandbox_that_dies_under_an_agent_ends_the_rollout(transport):
     await drive(hooked(stand, on("executing", dies)))
     assert stand.rollout.result().verdict.owner == "sandbox"
     assert stand.rollout.state == "closed/failed"
+
+
+async def test_a_sandbox_is_stopped_although_an_agents_end_could_not_be_proven(transport, monkeypatch):
+    """Nothing is graded, and what ends everything is not left out for that."""
+    stand = build(transport, faults={"end": QuietError("pid 7 is alive")})
+    real = FakeSandbox.stop
+
+    async def removes_it_with_all_that_is_in_it(sandbox):
+        sandbox.faults.clear()
+        await real(sandbox)
+
+    monkeypatch.setattr(FakeSandbox, "stop", removes_it_with_all_that_is_in_it)
+    await drive(stand)
+    result = stand.rollout.result()
+    assert (result.state, result.reward, result.verdict.owner) == ("closed/failed", None, "sandbox")
+    assert result.leaked == ("agent agent-1",)
 
 
 async def test_two_rollouts_of_one_process_do_not_know_of_each_other(transport):

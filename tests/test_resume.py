@@ -92,7 +92,7 @@ def config_of(transport: str, out: Path, name: str, state: str) -> RolloutConfig
 
 
 CHILD = """
-import os, sys, anyio, attrs
+import json, os, sys, anyio, attrs
 from pathlib import Path
 sys.path.insert(0, sys.argv[5])
 from test_resume import config_of
@@ -111,7 +111,8 @@ def hook(moved):
 
 if state == "provisioning":
     LiveWorld.install = die
-rollout = Rollout(attrs.evolve(config_of(transport, out, name, state), hooks=(hook,)))
+where = json.loads(sys.argv[6]) if sys.argv[6:] else {}
+rollout = Rollout(attrs.evolve(config_of(transport, out, name, state), hooks=(hook,), **where))
 anyio.run(rollout.run)
 """
 STATES = (
@@ -120,10 +121,16 @@ STATES = (
 )  # fmt: skip
 
 
-def killed_in(state: str, transport: str, out: Path) -> Path:
+def dies_in(state: str, transport: str, out: Path, name: str, **where) -> list[str]:
+    """The command of an orchestrator that is killed when it has come to `state`; `where` is its sandbox."""
+    tests = str(Path(__file__).parent)
+    return [sys.executable, "-c", CHILD, transport, str(out), name, state, tests, json.dumps(where)]
+
+
+def killed_in(state: str, transport: str, out: Path, **where) -> Path:
     """The folder of a rollout whose orchestrator was killed when it had come to `state`."""
     name = f"resumed-{uuid.uuid4().hex[:8]}"
-    argv = [sys.executable, "-c", CHILD, transport, str(out), name, state, str(Path(__file__).parent)]
+    argv = dies_in(state, transport, out, name, **where)
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr
     return out / name

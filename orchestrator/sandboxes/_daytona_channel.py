@@ -22,9 +22,9 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from orchestrator.sandboxes._daytona_service import Box, Gone, judged, sdk, translated
+from orchestrator.sandboxes._daytona_service import Box, Gone, judged, sdk
 from orchestrator.sandboxes.inside.init import CHUNK, TAIL_BYTES, WINDOW
-from states.errors import HandleRevoked, SandboxError
+from states.errors import HandleRevoked, SandboxError, said
 
 FRAMES_AT_ONCE: Final = 4
 """Frames in one message, that is 192 KiB."""
@@ -127,7 +127,7 @@ class SessionLine:
                 return
             except sdk().DaytonaError as exc:
                 idle = idle + 1 if self.seen == before else 0
-                error = translated("reading a session's log", exc, self.box.name)
+                error = self.box.translated("reading a session's log", exc)
                 if isinstance(error, Gone) or idle >= LINES:
                     raise error from exc
                 await self.box.service.sleep(0.05 * idle)
@@ -258,8 +258,7 @@ class Channel:
 
     async def start(self, asked: Mapping[str, Any]) -> None:
         """Start the process. Raises `SandboxError` saying why it does not start."""
-        request = await self.box.request({**self._attach(), **asked}, private=True)
-        self._task = asyncio.get_running_loop().create_task(self._carry(request))
+        self._task = asyncio.get_running_loop().create_task(self._carry(asked))
         try:
             with anyio.fail_after(CONNECT_SEC):
                 await self._until(lambda: self._spoke or self._refusal or self._broken)
@@ -368,31 +367,35 @@ class Channel:
         asked = {"do": "attach", "handle": self.handle, "id": self.id, "have": self._have}
         return asked | ({"terminal": True} if self.kind == "pty" else {})
 
-    async def _carry(self, request: str) -> None:
-        """Keep a line to the process until all of it has come, replacing those that break."""
+    async def _carry(self, asked: Mapping[str, Any]) -> None:
+        """Keep a line to the process until all of it has come, replacing those that break.
+
+        What is to be started is asked for until PID 1 has answered: it starts it once.
+        """
         failures = 0
         while not self._is_over():
             before = self._have, self._taken, self._code
+            why: Exception | None = None
             try:
+                request = await self.box.request({**self._attach(), **asked}, private=bool(asked))
                 await self._one_line(request)
-            except Broken:
-                pass
             except HandleRevoked as exc:
                 self._refusal = exc
                 self._code, self._end = -9 if self._code is None else self._code, self._have
             except SandboxError as exc:
                 self._broken = exc
+            except Exception as exc:  # it broke, or carried what is no frame: who waits here must hear of an end
+                why = exc
+            asked = {} if self._spoke else asked
+            failures = failures + 1 if before == (self._have, self._taken, self._code) else 0
+            if failures >= LINES and self._broken is None:
+                all_of_them = f"sandbox {self.box.name}: its {self.kind} lines break one after another"
+                self._broken = SandboxError(f"{all_of_them}: {said(why)}" if why else all_of_them)
             self._ring()
             if self._refusal or self._broken:
                 return
-            failures = failures + 1 if before == (self._have, self._taken, self._code) else 0
-            if failures >= LINES:
-                self._broken = SandboxError(f"sandbox {self.box.name}: its {self.kind} lines break one after another")
-                self._ring()
-                return
             if failures:
                 await self.box.service.sleep(0.1 * 2**failures)
-            request = json.dumps(self._attach())
 
     def _is_over(self) -> bool:
         return self._code is not None and self._have == self._end

@@ -209,6 +209,13 @@ class Box:
             self.lost(str(exc))
             raise
 
+    def translated(self, what: str, exc: Any) -> SandboxError:
+        """An error of the SDK, for calls that are repeated elsewhere."""
+        error = translated(what, exc, self.name)
+        if isinstance(error, Gone):
+            self.lost(str(error))
+        return error
+
     def launch(self, request: str) -> str:
         """The shell command that hands a request to the keeper."""
         words = [self.python, "-I", "-S", "-c", keeper.LAUNCH, self.library, request]

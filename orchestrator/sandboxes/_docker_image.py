@@ -171,19 +171,31 @@ async def registry_login(image: str) -> dict[str, str] | None:
     """What `docker login` left for the registry of `image`: in `config.json`, or with a credential helper.
 
     Raises:
-        ConfigError: The helper that the settings name fails.
+        ConfigError: The helper that the settings name fails, or they cannot be read.
     """
     config, host = docker_config(), registry_of(image)
-    names = (host, f"https://{host}", *(("https://index.docker.io/v1/",) if host == "docker.io" else ()))
-    helper = next((h for name in names if (h := (config.get("credHelpers") or {}).get(name))), config.get("credsStore"))
-    for name in names:
-        entry = (config.get("auths") or {}).get(name) or {}
-        if helper and (name in (config.get("auths") or {}) or config.get("credHelpers")):
+    logins, helpers = config.get("auths") or {}, config.get("credHelpers") or {}
+    for name in (host, f"https://{host}", *(("https://index.docker.io/v1/",) if host == "docker.io" else ())):
+        entry = logins.get(name)
+        if helper := helpers.get(name) or (config.get("credsStore") if entry is not None else None):
             return await _helped(helper, name)
-        if "auth" in entry:
-            user, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
-            return {"username": user, "password": password, "serveraddress": name}
+        if entry and "auth" in entry:
+            return _login(name, *_written(entry["auth"], name), entry.get("identitytoken"))
     return None
+
+
+def _login(name: str, user: str, password: str, token: str | None) -> dict[str, str]:
+    if token:
+        return {"identitytoken": token, "serveraddress": name}
+    return {"username": user, "password": password, "serveraddress": name}
+
+
+def _written(text: str, name: str) -> tuple[str, str]:
+    try:
+        user, _, password = base64.b64decode(text, validate=True).decode().partition(":")
+    except ValueError as exc:
+        raise ConfigError(f"what `docker login` left for {name} cannot be read: log in again") from exc
+    return user, password
 
 
 async def _helped(helper: str, name: str) -> dict[str, str]:
@@ -191,7 +203,8 @@ async def _helped(helper: str, name: str) -> dict[str, str]:
     try:
         done = await anyio.run_process(command, input=name.encode(), check=False)
         found = json.loads(done.stdout)
-        return {"username": found["Username"], "password": found["Secret"], "serveraddress": name}
+        secret = found["Secret"]
+        return _login(name, found["Username"], secret, secret if found["Username"] == "<token>" else None)
     except (OSError, ValueError, LookupError) as exc:
         raise ConfigError(f"`{' '.join(command)}` gives no credentials for {name}: {exc}") from exc
 

@@ -616,7 +616,7 @@ def main() -> NoReturn:
     """Run as PID 1 of a container, with the host's socket where it was bound."""
     call("prctl", 4, 0, 0, 0, 0)
     os.umask(0o022)
-    _signal.signal(_signal.SIGTERM, lambda *_: os._exit(0))  # PID 1 has to say so, or the engine waits for 10 s
+    _signal.signal(_signal.SIGTERM, lambda *_: os._exit(143))  # PID 1 has to say so, or the engine waits for 10 s
     control = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     control.connect(SOCKET)
     message, given = supervisor.receive(control)

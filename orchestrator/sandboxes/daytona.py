@@ -79,6 +79,9 @@ WAIT_SEC: Final = 40.0
 CLOSED: Final = ("gateway-only", "none")
 """Networks without a way out; `bridge` and `host` are the same here: the sandbox's own."""
 
+PROOF_SEC: Final = 25.0
+"""How long the proof of a handle's end may take, all repetitions included."""
+
 STOP_SEC: Final = 60.0
 KILL_SEC: Final = 10.0
 MB: Final = 1 << 20
@@ -146,14 +149,13 @@ class DaytonaHandle:
     async def end(self) -> tuple[str, ...]:
         """See `SandboxHandle.end`."""
         async with self._lock:
-            if self._phase == "ended":
-                return self._evidence or (f"handle {self.name} ended with its sandbox",)
-            with anyio.CancelScope(shield=True):
-                if not self._begun:
-                    self._evidence = (f"handle {self.name} was never opened: nothing was started through it",)
-                else:
-                    self._evidence = await self._put_down()
-                await self.let_go()
+            if not self._evidence:  # its sandbox may have ended it, and that may have failed
+                with anyio.CancelScope(shield=True):
+                    if not self._begun:
+                        self._evidence = (f"handle {self.name} was never opened: nothing was started through it",)
+                    else:
+                        self._evidence = await self._put_down()
+                    await self.let_go()
             return self._evidence
 
     async def let_go(self) -> None:
@@ -168,12 +170,16 @@ class DaytonaHandle:
         box, gone = self._sandbox._box, f"handle {self.name}: its sandbox is gone, with everything in it"
         if box is None:
             return (gone,)
+        unproven = f"handle {self.name}: that its processes are dead cannot be proven"
         try:
-            answer = await box.ask(f"ending handle {self.name}", {**self._asked("end"), "name": self.name})
+            with anyio.fail_after(PROOF_SEC):
+                answer = await box.ask(f"ending handle {self.name}", {**self._asked("end"), "name": self.name})
         except Gone:
             return (gone,)
         except SandboxError as exc:
-            raise QuietError(f"handle {self.name}: that its processes are dead cannot be proven: {exc}") from exc
+            raise QuietError(f"{unproven}: {exc}") from exc
+        except TimeoutError as exc:
+            raise QuietError(f"{unproven}: Daytona gave no answer for {PROOF_SEC:g} s") from exc
         return tuple(answer["evidence"])
 
     # --- use ---
@@ -606,21 +612,20 @@ async def reap(handle: Mapping[str, Any]) -> None:
 async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
     """Delete what dead orchestrators of this host left; of another one where the option `owner` names that.
 
-    A living owner's are left alone, whatever becomes of them, and so is all that we did not make.
+    What somebody living has is left alone, whoever made it, and so is all that we did not make.
     """
-    from orchestrator.world import started_at
+    from orchestrator.owners import left_behind
 
     service = await Service.connect(*access(), options.get("target"))
     owner, here = options.get("owner") or socket.gethostname(), socket.gethostname()
     given_back = []
     try:
         for found in await service.find({**MADE_BY, "owner-host": owner}):
-            labels, name = found.labels, found.labels.get(LABEL, found.id)
-            pid, began = labels.get("owner-pid", ""), labels.get("owner-started", "")
-            if owner == here and (not pid.isdigit() or started_at(int(pid)) == began):
-                continue
-            await service.delete(found, name)
-            given_back.append(f"sandbox {name} was deleted: process {pid} of {owner}, which made it, is dead")
+            name, pid = found.labels.get(LABEL, found.id), found.labels.get("owner-pid", "?")
+            with left_behind(found.labels) if owner == here else contextlib.nullcontext(True) as left:
+                if left:
+                    await service.delete(found, name)
+                    given_back.append(f"sandbox {name} was deleted: process {pid} of {owner}, which made it, is dead")
     finally:
         await service.close()
     return tuple(given_back)

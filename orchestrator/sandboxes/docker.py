@@ -67,6 +67,10 @@ OPTIONS: Final[Mapping[str, str]] = {
     "user": "who agents are: agent (the default), root, or a user of the image",
 }
 
+CREATE_SEC: Final = 120.0
+"""How long the engine may take to answer that it made a container: many at once wait for each other."""
+
+UNDO_SEC: Final = 60.0
 START_SEC: Final = 60.0
 OPEN_SEC: Final = 20.0
 END_SEC: Final = 15.0
@@ -133,8 +137,10 @@ class DockerHandle:
         with theirs:
             words = {"do": "handle", "name": self.name, "trusted": self.trusted, "folder": self._folder}
             wanted = Request(("handle",), {}, "/", words)
-            with anyio.CancelScope(shield=True):  # a word and its answer: what was begun can be ended
+            with anyio.move_on_after(OPEN_SEC, shield=True):  # a word and its answer: what was begun can be ended
                 self._process = await Started.launch(outside, wanted, {"control": theirs.fileno()})
+        if self._process is None:
+            raise TimeoutError
         answer = await self._control.receive()
         if answer != b"ready":
             why = answer.decode(errors="replace").removeprefix("error ") or "the container ended"
@@ -349,8 +355,9 @@ class DockerSandbox:
             if self._phase == "stopped":
                 raise SandboxError(f"sandbox {self.name} was stopped; make a new one")
             if self._phase == "new":
+                kit = await anyio.to_thread.run_sync(self._make_root)
                 async with self._or_nothing():
-                    await self._make()
+                    await self._make(kit)
             engine = self._engine.url if self._engine else ""
         return {
             "kind": "docker",
@@ -371,11 +378,13 @@ class DockerSandbox:
             if self._phase != "new":
                 raise SandboxError(f"sandbox {self.name} was started already: it cannot be attached to another one")
             self._engine = engine = Engine.open(handle.get("engine"))
+            self.root = Path(handle["root"])  # which the container has bound
             try:
                 evidence = await self._take_over(engine, handle["container"])
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await self._leave()
+                self._id = ""
                 raise
             self._phase = "up"
         return evidence
@@ -392,6 +401,7 @@ class DockerSandbox:
             image = Image.of(await docker.images.inspect(found["Image"]))
         self._image_env = dict(image.env)
         self._id = container_id
+        await anyio.to_thread.run_sync(_remove_root, self.root)
         await anyio.to_thread.run_sync(self._make_root)
         await self._bring_up(engine, image)
         return (f"container {self.name} was not running: nothing that was started in it before is alive",)
@@ -402,22 +412,33 @@ class DockerSandbox:
         try:
             yield
         except BaseException:
-            with anyio.CancelScope(shield=True):
+            # Why it did not come up is to be heard; what could not be removed `stop` tries again, and says so.
+            with anyio.move_on_after(UNDO_SEC, shield=True), contextlib.suppress(SandboxError):
                 await self._unmake()
             raise
         self._phase = "up"
 
-    async def _make(self) -> None:
+    async def _make(self, kit: Kit) -> None:
         self._engine = engine = Engine.open(self.engine)
-        kit = await anyio.to_thread.run_sync(self._make_root)
         image = await find_image(engine, image=self.image, build=self.build, image_map=self.image_map, note=self.note)
         self._image_env = dict(image.env)
         await self._refuse_gpus(engine)
-        with anyio.CancelScope(shield=True):  # half a request would leave a container that nobody knows of
-            with engine.says(f"container {self.name} cannot be made") as docker:
-                made = await docker.containers.create(self._config(image, kit), name=self.name)
-            self._id = made.id
+        await self._create(engine, self._config(image, kit))
         await self._bring_up(engine, image)
+
+    async def _create(self, engine: Engine, config: Mapping[str, Any]) -> None:
+        """Have the engine make the container. Who asked and heard no answer knows it by its name."""
+        self._id = self.name
+        with anyio.move_on_after(CREATE_SEC, shield=True) as bound:
+            try:
+                with engine.says(f"container {self.name} cannot be made") as docker:
+                    self._id = (await docker.containers.create(config, name=self.name)).id
+            except EngineError as exc:
+                if exc.status:  # it refused: what has that name is not ours
+                    self._id = ""
+                raise
+        if bound.cancelled_caught:
+            raise SandboxError(f"container {self.name} cannot be made: no answer from {engine.url} in {CREATE_SEC:g} s")
 
     async def _bring_up(self, engine: Engine, image: Image) -> None:
         """Start the container, and tell its PID 1 what it is to be."""
@@ -485,7 +506,7 @@ class DockerSandbox:
     async def stop(self) -> None:
         """See `Sandbox.stop`. Raises `SandboxError` when the engine does not remove the container."""
         async with self._lock:
-            if self._phase == "up":
+            if self._phase == "up" or self._id:  # a start that failed may have left what it could not remove
                 await self._unmake()
             self._phase = "stopped"
 
@@ -528,7 +549,9 @@ class DockerSandbox:
             if self._id and self._engine is not None:
                 if self._engine.closed:  # a stop before this one could not do it
                     self._engine = Engine.open(self._engine.url)
-                await _remove(self._engine, self._id)
+                await (
+                    _remove(self._engine, self._id) if self._id != self.name else _remove_ours(self._engine, self._id)
+                )
                 self._id = ""
         finally:
             self._hang_up()
@@ -822,16 +845,7 @@ async def reap(handle: Mapping[str, Any]) -> None:
     """
     engine = Engine.open(handle.get("engine"))
     try:
-        with engine.says(f"container {handle['name']}") as docker:
-            found = await docker.containers.container(handle.get("container") or handle["name"]).show()
-        if found["Config"]["Labels"].get(f"{LABEL}sandbox") != handle["name"]:
-            raise SandboxError(
-                f"container {handle['name']} is not one of ours: it has not our label; remove it yourself"
-            )
-        await _remove(engine, found["Id"])
-    except EngineError as exc:
-        if exc.status != 404:
-            raise
+        await _remove_ours(engine, handle["name"], handle.get("container"))
     finally:
         await engine.close()
     if root := handle.get("root"):
@@ -839,8 +853,8 @@ async def reap(handle: Mapping[str, Any]) -> None:
 
 
 async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
-    """Remove the containers of orchestrators of this machine that are dead: by their labels, a sentence each."""
-    from orchestrator.world import started_at
+    """Remove the containers that orchestrators of this machine left: by their labels, a sentence each."""
+    from orchestrator.owners import left_behind
 
     engine = Engine.open(options.get("engine"))
     said = []
@@ -848,12 +862,15 @@ async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
         with engine.says("what containers there are") as docker:
             found = await docker.containers.list(all=True, filters={"label": [f"{LABEL}sandbox"]})
         for one in found:
-            labels = one["Labels"]
-            owner = {key: labels.get(f"{LABEL}owner-{key}", "") for key in ("host", "pid", "started")}
-            alive = owner["pid"].isdigit() and started_at(int(owner["pid"])) == owner["started"]
-            if owner["host"] == socket.gethostname() and not alive and not await _is_kept(engine, one.id):
-                await _remove(engine, one.id)
-                said.append(f"removed container {labels[f'{LABEL}sandbox']} of process {owner['pid']}, which is gone")
+            labels = {key.removeprefix(LABEL): value for key, value in one["Labels"].items()}
+            with left_behind(labels) as left:
+                if left and not await _is_kept(engine, one.id):
+                    roots = {bound["Destination"]: bound["Source"] for bound in one["Mounts"]}
+                    about = {"name": labels["sandbox"], "container": one.id, "engine": engine.url}
+                    await reap({**about, "root": roots.get(posixpath.dirname(container.SOCKET))})
+                    said.append(
+                        f"removed container {labels['sandbox']} of process {labels['owner-pid']}, which is gone"
+                    )
     finally:
         await engine.close()
     return tuple(said)
@@ -864,6 +881,20 @@ async def _is_kept(engine: Engine, container_id: str) -> bool:
     with engine.says(f"container {container_id[:12]}") as docker:
         state = (await docker.containers.container(container_id).show())["State"]
     return bool(state["Status"] == "exited" and state["ExitCode"] == 0)
+
+
+async def _remove_ours(engine: Engine, name: str, container_id: str | None = None) -> None:
+    """The same as `_remove`, of what may not be ours: known by its name, which anybody may give."""
+    try:
+        with engine.says(f"container {name}") as docker:
+            found = await docker.containers.container(container_id or name).show()
+    except EngineError as exc:
+        if exc.status != 404:
+            raise
+        return
+    if (found["Config"]["Labels"] or {}).get(f"{LABEL}sandbox") != name:
+        raise SandboxError(f"container {name} is not one of ours: it has not our label; remove it yourself")
+    await _remove(engine, found["Id"])
 
 
 async def _remove(engine: Engine, container_id: str) -> None:

@@ -18,10 +18,11 @@ import pytest
 from requirements import module
 
 import orchestrator.sandboxes.inside
+from orchestrator.owners import owner
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, sweep
+from orchestrator.sandboxes import _daytona_channel as channel_module
 from orchestrator.sandboxes import _daytona_service as service_module
-from orchestrator.world import owner
-from states.errors import ConfigError, HandleRevoked, SandboxError
+from states.errors import ConfigError, HandleRevoked, QuietError, SandboxError
 
 module("daytona", "daytona")
 
@@ -356,6 +357,64 @@ async def test_a_sandbox_that_vanishes_is_said_to_be_gone(loopback, channel):
     await sandbox.stop()
 
 
+async def test_whoever_asked_for_it_is_told_that_the_sandbox_is_gone(loopback, up):
+    """By whatever finds out, here by a channel, which only listens."""
+    told = []
+    _, handle = await up(lost=told.append)
+    process = await handle.spawn(["cat"])
+    (box_id,) = loopback.server.boxes
+    await loopback.server.vanish(box_id)
+    with pytest.raises(SandboxError, match="sandbox box-0 is gone"):
+        await process.receive()
+    assert told
+    assert told[0].startswith("sandbox box-0 is gone")
+
+
+async def test_an_end_that_the_service_does_not_answer_is_not_proven_and_not_waited_for(loopback, up, monkeypatch):
+    """Nobody is held up beyond what a proof may take; asked again once it answers, there is one."""
+    _, handle = await up()
+    monkeypatch.setattr(daytona_module, "PROOF_SEC", 1.0)
+    answers = anyio.Event()
+    loopback.server.fault("POST", EXECUTE, wait=answers, times=9)
+    with pytest.raises(QuietError, match="Daytona gave no answer for 1 s"):
+        await handle.end()
+    loopback.server.faults.clear()
+    answers.set()
+    monkeypatch.setattr(daytona_module, "PROOF_SEC", 60.0)
+    assert "PID namespace" in (await handle.end())[-1]
+
+
+async def test_what_is_no_frame_breaks_its_line_and_not_its_channel(loopback, up, monkeypatch):
+    """An agent may have the service write into a session's log: the line is replaced. Where all break, that is said."""
+    _, handle = await up()
+    process = await handle.spawn(["cat"])
+    (box,) = loopback.server.boxes.values()
+    for session in box.sessions.values():
+        for command in session.commands.values():
+            command.add(b"\1\1\1o nonsense !\n")
+    with anyio.fail_after(60):
+        assert await echoed(process, b"still here\n") == b"still here\n"
+
+    def never(*_):
+        raise ZeroDivisionError("no such frame")
+
+    monkeypatch.setattr(channel_module.Channel, "_frame", never)
+    await process.send(b"more\n")
+    with anyio.fail_after(60), pytest.raises(SandboxError, match="lines break one after another: no such frame"):
+        await process.receive()
+
+
+@pytest.mark.parametrize("channel", ["session", "pty"])
+async def test_a_line_that_breaks_before_a_process_was_started_starts_it_all_the_same(loopback, up, channel):
+    """What is asked for is asked for until it was heard."""
+    _, handle = await up(channel=channel)
+    path = "/logs" if channel == "session" else "/create-connect"
+    fault = loopback.server.fault("GET", path, close=1011, after_bytes=1)
+    process = await handle.spawn(["cat"])
+    assert fault.times == 0
+    assert await echoed(process, b"hello\n") == b"hello\n"
+
+
 async def test_a_creation_that_is_cancelled_leaves_nothing(loopback):
     """While the service still works on it: it is deleted as soon as the service knows of it."""
     release = anyio.Event()
@@ -560,6 +619,8 @@ async def test_a_sandbox_that_cannot_be_given_back_says_so_and_lets_its_channels
     with pytest.raises(SandboxError, match="not now"):
         await sandbox.stop()
     assert await process.wait() == -9
+    with pytest.raises(QuietError, match="cannot be proven"):
+        await handle.end()
     fault.times = 0
     await daytona_module.reap({"kind": "daytona", "name": sandbox.name})
     assert await loopback.left() == []

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import anyio
 import attrs
+import docker_images
 import pytest
 import requirements
 from docker_images import BARE, DEBIAN, ask
@@ -21,9 +24,9 @@ from docker_images import BARE, DEBIAN, ask
 requirements.module("aiodocker", "docker")
 
 from orchestrator.conformance import CLAUSE_SEC, SANDBOX_CLAUSES
-from orchestrator.sandboxes import SandboxSpec, make_sandbox
+from orchestrator.owners import owner, started_at
+from orchestrator.sandboxes import SandboxSpec, docker, make_sandbox
 from orchestrator.sandboxes.docker import LABEL, DockerSandbox, GatewayReach, Limits, reap, sweep
-from orchestrator.world import owner, started_at
 from states.errors import ConfigError, SandboxError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
@@ -470,6 +473,110 @@ async def test_a_start_that_is_cancelled_anywhere_leaves_nothing(box, tmp_path):
         assert ask("GET", f"/containers/{sandbox.name}/json")[0] == 404
 
 
+@pytest.fixture
+async def between(docker_image, tmp_path):
+    """An engine between us and the real one: it hangs up on what is in `cut`, and on `mute` it never answers."""
+    docker_image()
+
+    class Between:
+        url = f"unix://{tmp_path}/between.sock"
+        cut: tuple[bytes, ...] = ()
+        mute: tuple[bytes, ...] = ()
+
+    async def carry(reader, writer, heard) -> None:
+        """What comes, as `heard` makes of it; None hangs up."""
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65_536):
+                data = heard(data)
+                if data is None:
+                    break
+                writer.write(data)
+        writer.close()
+
+    async def serve(reader, writer) -> None:
+        theirs, ours = await asyncio.open_unix_connection(docker_images.engine_path())
+        muted = []
+
+        def asked(data: bytes) -> bytes | None:
+            muted.extend(word for word in Between.mute if word in data)
+            return None if any(word in data for word in Between.cut) else data
+
+        answers = asyncio.ensure_future(carry(theirs, writer, lambda data: b"" if muted else data))
+        await carry(reader, ours, asked)
+        answers.cancel()
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, f"{tmp_path}/between.sock")
+    async with server:
+        yield Between
+        server.close()
+
+
+async def test_what_a_failed_start_could_not_remove_is_removed_by_stop(box, between):
+    """The engine went away before the container had started, and was back later: nothing is taken for given back."""
+    sandbox = box(engine=between.url)
+    between.cut = (b"/start ", b"DELETE ")
+    with pytest.raises(SandboxError, match="cannot be started"):
+        await sandbox.start()
+    assert ask("GET", f"/containers/{sandbox.name}/json")[0] == 200
+    with pytest.raises(SandboxError, match="cannot be removed"):
+        await sandbox.stop()
+    between.cut = ()
+    await sandbox.stop()
+    assert ask("GET", f"/containers/{sandbox.name}/json")[0] == 404
+
+
+async def test_an_engine_that_never_answers_holds_nobody_up(box, between, monkeypatch):
+    """It had made the container, whose id nobody heard, and does not remove it either: both are given up in time."""
+    monkeypatch.setattr(docker, "CREATE_SEC", 1.0)
+    monkeypatch.setattr(docker, "UNDO_SEC", 1.0)
+    sandbox = box(engine=between.url)
+    between.mute = (b"/containers/create", b"DELETE ")
+    with pytest.raises(SandboxError, match="no answer from unix://"):
+        await sandbox.start()
+    between.mute = ()
+    await sandbox.stop()
+    assert ask("GET", f"/containers/{sandbox.name}/json")[0] == 404
+
+
+async def test_a_name_that_is_taken_stays_with_whom_it_belongs_to(box, docker_image):
+    """A stranger's container of that name, or the folder of another sandbox: refused, and left as it is."""
+    name = f"stranger-{os.getpid()}-{os.urandom(3).hex()}"
+    assert ask("POST", f"/containers/create?name={name}", {"Image": docker_image(), "Cmd": ["true"]})[0] == 201
+    try:
+        mine = box()
+        mine.name = name
+        with pytest.raises(SandboxError, match="in use"):
+            await mine.start()
+        await mine.stop()
+        assert ask("GET", f"/containers/{name}/json")[0] == 200
+    finally:
+        assert ask("DELETE", f"/containers/{name}")[0] == 204
+    first, second = box(), box()
+    await first.start()
+    second.root = first.root
+    with pytest.raises(SandboxError, match=r"its folder .* exists"):
+        await second.start()
+    await second.stop()
+    assert first.root.is_dir()
+
+
+async def test_a_container_that_is_frozen_holds_nobody_up(up, monkeypatch):
+    """Somebody paused it: a handle does not come up, which is said in time, and comes up when it goes on."""
+    sandbox, _ = await up()
+    monkeypatch.setattr(docker, "OPEN_SEC", 1.0)
+    assert ask("POST", f"/containers/{sandbox.name}/pause")[0] == 204
+    handle = sandbox.handle("late")
+    try:
+        with pytest.raises(SandboxError, match="did not come up in 1 s"):
+            await handle.open()
+    finally:
+        assert ask("POST", f"/containers/{sandbox.name}/unpause")[0] == 204
+    monkeypatch.undo()
+    await handle.open()
+    assert await said(handle, "echo here") == "here\n"
+
+
 # --- builds --------------------------------------------------------------------------------------------------
 
 
@@ -576,6 +683,7 @@ async def test_sweeping_takes_what_the_dead_left_and_nothing_else(box, dockerd):
         "living": mine,
         "dead": dead,
         "kept": dead,
+        "shut down": dead,
         "elsewhere": {**dead, "owner-host": "elsewhere"},
         "nobody": {},
     }
@@ -584,10 +692,16 @@ async def test_sweeping_takes_what_the_dead_left_and_nothing_else(box, dockerd):
         await sandbox.start()
     handle = await boxes["kept"].start()
     await boxes["kept"].leave()
+    at = engine.url.removeprefix("unix://")
+    assert ask("POST", f"/containers/{boxes['shut down'].name}/stop", at=at)[0] == 204  # as an engine does that ends
     told = await sweep({"engine": engine.url})
-    assert told == (f"removed container {boxes['dead'].name} of process {os.getpid()}, which is gone",)
+    gone = ("dead", "shut down")
+    assert sorted(told) == sorted(
+        f"removed container {boxes[name].name} of process {os.getpid()}, which is gone" for name in gone
+    )
     left = {one["Names"][0].lstrip("/") for one in engine.containers()}
-    assert left == {sandbox.name for name, sandbox in boxes.items() if name != "dead"}
+    assert left == {sandbox.name for name, sandbox in boxes.items() if name not in gone}
+    assert not any(boxes[name].root.exists() for name in gone)
     await reap(handle)
     for sandbox in boxes.values():
         await sandbox.stop()
@@ -600,6 +714,20 @@ async def test_nothing_runs_on_when_the_orchestrator_is_gone(up):
     sandbox._control.sock.close()  # as the kernel does for a process that was killed
     status, answer = ask("POST", f"/containers/{sandbox.name}/wait")
     assert (status, json.loads(answer)["StatusCode"]) == (200, 3)
+
+
+async def test_a_container_of_a_dead_orchestrator_can_be_attached_to(up, tmp_path):
+    """As it was left: its folder is still there, and is used, whatever the one would be that a new process makes."""
+    first, agent = await up()
+    handle = await first.start()
+    await said(agent, "echo work > /app/work")
+    first._control.sock.close()  # as the kernel does for a process that was killed
+    second = DockerSandbox(name=first.name, image="unused", root=tmp_path / "elsewhere")
+    await second.attach(handle)
+    again = second.handle("solver")
+    await again.open()
+    assert await said(again, "cat /app/work") == "work\n"
+    await second.stop()
 
 
 # --- one that is kept ----------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Who drives a rollout, whether that process is there, and so whether a sandbox was left behind.
+
+A process is known by its machine, its number and its start, so that a number that was given anew is nobody's. That is
+written into the journal and onto every sandbox. It says who made the sandbox; who has the rollout now may be another
+process, which holds the lock of its journal from before it does anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.journal import JournalSink, read_journal
+from states.events import Recovered
+from states.journal import Header, Record, Transition
+
+
+def owner() -> dict[str, Any]:
+    """Which process drives what this process drives: found alive or dead by whoever wants to take it over."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+
+
+def started_at(pid: int) -> str | None:
+    """When a process of this machine started, in its kernel's own words; None when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
+def is_alive(owned: Mapping[str, Any]) -> bool:
+    """Whether the process that `owner` described is there, on this machine."""
+    return bool(owned.get("started")) and started_at(int(owned["pid"])) == owned["started"]
+
+
+def owner_of(records: Iterable[Record]) -> Mapping[str, Any]:
+    """Which process drives a rollout, or was the last to: `host`, `pid`, `started`."""
+    known: Mapping[str, Any] = {}
+    for record in records:
+        match record:
+            case Header(info=info):
+                known = info.get("owner") or {}
+            case Transition(event=Recovered(owner=found)) if found:
+                known = found
+    return known
+
+
+def labels_of(rollout: str, folder: Path | None) -> dict[str, str]:
+    """What is written on a sandbox: whose it is, who makes it, and where that rollout's journal is, if anywhere."""
+    made = {f"owner-{key}": str(value) for key, value in owner().items()}
+    return {"rollout": rollout, **made, **({"folder": str(folder.resolve())} if folder is not None else {})}
+
+
+@contextlib.contextmanager
+def left_behind(labels: Mapping[str, str]) -> Iterator[bool]:
+    """Whether nobody has the sandbox with these labels any more; as long as this lasts, nobody takes it up.
+
+    What another machine's process made is never ours to judge. Where there is a journal its lock decides, since who
+    made the sandbox may be dead and who went on with the rollout alive.
+
+    Raises `JournalError` when there is a journal that cannot be opened.
+
+    >>> with left_behind({"owner-host": "elsewhere", "owner-pid": "7", "owner-started": "1"}) as left:
+    ...     left
+    False
+    """
+    maker = {key: labels.get(f"owner-{key}", "") for key in ("host", "pid", "started")}
+    if maker["host"] != socket.gethostname() or not maker["pid"].isdigit() or is_alive(maker):
+        yield False
+        return
+    folder = Path(labels.get("folder", os.devnull))
+    if not (folder / "journal.jsonl").is_file():
+        yield True
+        return
+    sink = JournalSink(folder / "journal.jsonl")
+    try:
+        whose = sink.claim()
+        yield whose == "ours" or (whose == "unknown" and not is_alive(owner_of(read_journal(folder))))
+    finally:
+        sink.close()

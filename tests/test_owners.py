@@ -1,0 +1,90 @@
+"""Whether a sandbox was left behind: by the process that made it, and by whoever has its rollout's journal now."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.journal import JournalSink
+from orchestrator.owners import is_alive, labels_of, left_behind, owner, started_at
+
+HOLD = """
+import sys
+from pathlib import Path
+from orchestrator.journal import JournalSink
+print(JournalSink(Path(sys.argv[1])).claim(), flush=True)
+sys.stdin.read()
+"""
+
+
+def is_left(labels) -> bool:
+    """Whether a sweep would take what carries them."""
+    with left_behind(labels) as left:
+        return left
+
+
+@pytest.fixture
+def dead(tmp_path):
+    """The labels of a sandbox whose maker is dead, and whose rollout has a journal."""
+    (tmp_path / "journal.jsonl").touch()
+    return {**labels_of("r1", tmp_path), "owner-started": "1"}
+
+
+def test_a_process_is_known_by_its_start(dead):
+    """A number that was given anew is nobody's."""
+    assert is_alive(owner())
+    assert not is_alive({**owner(), "started": "1"})
+    assert not is_alive({})
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert started_at(process.pid) is None
+    assert is_left(dead)
+
+
+def test_what_a_living_process_made_is_not_left(tmp_path):
+    """Nor what one of another machine made, nor what nobody says that they made."""
+    mine = labels_of("r1", None)
+    assert mine == {"rollout": "r1", **{f"owner-{key}": str(value) for key, value in owner().items()}}
+    assert mine["owner-host"] == socket.gethostname()
+    assert not is_left(mine)
+    assert not is_left({**mine, "owner-started": "1", "owner-host": "elsewhere"})
+    assert not is_left({"owner-host": mine["owner-host"]})
+    assert not is_left({})
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_another_process_went_on_with_is_not_left(dead, tmp_path, here):
+    """Who made it is dead; who holds the journal is alive, from before anything of its own is written."""
+    journal = tmp_path / "journal.jsonl"
+    if here:
+        sink = JournalSink(journal)
+        assert sink.claim() == "ours"
+        assert not is_left(dead)
+        sink.close()
+    else:
+        argv = [sys.executable, "-c", HOLD, str(journal)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ours\n"
+            assert not is_left(dead)
+    assert is_left(dead)
+
+
+def test_while_a_sweep_takes_it_nobody_goes_on_with_it(dead, tmp_path):
+    """The journal is the sweep's for so long."""
+    with left_behind(dead) as left:
+        assert left
+        assert JournalSink(tmp_path / "journal.jsonl").claim() == "taken"
+    sink = JournalSink(tmp_path / "journal.jsonl")
+    assert sink.claim() == "ours"
+    sink.close()
+
+
+def test_without_a_journal_its_maker_decides(dead, tmp_path):
+    """It was kept nowhere, or was removed."""
+    (tmp_path / "journal.jsonl").unlink()
+    assert is_left(dead)
+    del dead["folder"]
+    assert is_left(dead)
