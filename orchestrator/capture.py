@@ -23,7 +23,7 @@ import anyio
 import attrs
 import msgspec
 
-from orchestrator.journal import Sink, encode_any, read_lines
+from orchestrator.journal import FileSink, MemorySink, Sink, encode_any, read_lines
 from states.errors import JournalError
 from states.events import Usage
 
@@ -185,42 +185,85 @@ def read_trajectory(path: Path) -> list[RecordedSegment]:
 
 def fold_trajectory(lines: Iterable[bytes]) -> list[RecordedSegment]:
     """The segments that these lines make."""
-    segments: dict[int, RecordedSegment] = {}
-    texts: dict[tuple[int, int], list[str]] = {}
-    for line in lines:
+    trajectory = Trajectory()
+    trajectory.take(lines)
+    return [trajectory.segments[number] for number in sorted(trajectory.segments)]
+
+
+@attrs.define(eq=False)
+class Trajectory:
+    """Segments by number, as the lines that were taken so far make them."""
+
+    segments: dict[int, RecordedSegment] = attrs.field(factory=dict, init=False)
+    _texts: dict[tuple[int, int], list[str]] = attrs.field(factory=dict, init=False)
+
+    def take(self, lines: Iterable[bytes]) -> None:
+        """Take further lines. Raises `JournalError` for one that is whole and is none of a trajectory."""
+        for line in lines:
+            try:
+                raw = msgspec.json.decode(line)
+                segment = self.segments.setdefault(raw["segment"], RecordedSegment(raw["segment"]))
+                self._apply(segment, raw)
+            except (msgspec.MsgspecError, KeyError, IndexError, TypeError) as error:
+                if line.endswith(b"}"):
+                    raise JournalError(f"not a line of a trajectory: {line[:120]!r}") from error
+        for (number, index), parts in self._texts.items():
+            data = self.segments[number].steps[index].data
+            data["text"] = "".join([str(data.get("text", "")), *parts])
+        self._texts.clear()
+
+    def _apply(self, segment: RecordedSegment, raw: dict[str, Any]) -> None:
+        match raw:
+            case {"opened": about}:
+                # Opened once more: its prompt never got into the journal, and whoever took over gave its number again.
+                segment.about = about
+                segment.steps.clear()
+                for key in [key for key in self._texts if key[0] == segment.number]:
+                    del self._texts[key]
+            case {"data": data}:
+                segment.steps.append(RecordedStep(data, raw.get("late", False)))
+            case {"text": text, "step": index}:
+                self._texts.setdefault((segment.number, index), []).append(text)
+            case {"set": fields, "step": index}:
+                if "text" in fields:
+                    self._texts.pop((segment.number, index), None)
+                segment.steps[index].data.update(fields)
+            case {"compacted": why}:
+                segment.compacted.append(why)
+            case {"sealed": sealed}:
+                segment.sealed = sealed
+
+
+@attrs.define(eq=False)
+class GrowingTrajectory:
+    """A trajectory that is being written: each look reads what was appended since the last one, and no more."""
+
+    _sink: FileSink | MemorySink
+    _known: Trajectory = attrs.field(factory=Trajectory, init=False)
+    _read: int = attrs.field(default=0, init=False)
+
+    def steps(self, number: int) -> tuple[dict[str, Any], ...]:
+        """The steps of this segment by now, each a copy; none where nothing is known of it. Raises `JournalError`."""
+        self._known.take(self._appended())
+        segment = self._known.segments.get(number)
+        return tuple(dict(step.data) for step in segment.steps) if segment else ()
+
+    def _appended(self) -> list[bytes]:
+        if isinstance(self._sink, MemorySink):
+            lines = self._sink.lines[self._read :]
+            self._read += len(lines)
+            return lines
         try:
-            raw = msgspec.json.decode(line)
-            segment = segments.setdefault(raw["segment"], RecordedSegment(raw["segment"]))
-            _apply(segment, raw, texts)
-        except (msgspec.MsgspecError, KeyError, IndexError, TypeError) as error:
-            if line.endswith(b"}"):
-                raise JournalError(f"not a line of a trajectory: {line[:120]!r}") from error
-    for (number, index), parts in texts.items():
-        data = segments[number].steps[index].data
-        data["text"] = "".join([str(data.get("text", "")), *parts])
-    return [segments[number] for number in sorted(segments)]
-
-
-def _apply(segment: RecordedSegment, raw: dict[str, Any], texts: dict[tuple[int, int], list[str]]) -> None:
-    match raw:
-        case {"opened": about}:
-            # Opened once more: its prompt never got into the journal, and whoever took over gave its number again.
-            segment.about = about
-            segment.steps.clear()
-            for key in [key for key in texts if key[0] == segment.number]:
-                del texts[key]
-        case {"data": data}:
-            segment.steps.append(RecordedStep(data, raw.get("late", False)))
-        case {"text": text, "step": index}:
-            texts.setdefault((segment.number, index), []).append(text)
-        case {"set": fields, "step": index}:
-            if "text" in fields:
-                texts.pop((segment.number, index), None)
-            segment.steps[index].data.update(fields)
-        case {"compacted": why}:
-            segment.compacted.append(why)
-        case {"sealed": sealed}:
-            segment.sealed = sealed
+            with self._sink.path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except FileNotFoundError:  # its first line makes it
+            return []
+        except OSError as error:
+            raise JournalError(f"{self._sink.path} cannot be read: {error.strerror or error}") from error
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return whole.splitlines()
 
 
 def recovered(path: Path, number: int, sink: Sink) -> TurnSegment:

@@ -18,20 +18,18 @@ checks hold whatever it says; after a turn that spent a budget it may go on with
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import attrs
 
 from orchestrator.budgets import Limits
-from orchestrator.capture import RecordedSegment
 from orchestrator.config import DirectorRole, Role, Turn
 from orchestrator.registry import AgentConfig
 from states.errors import ConfigError
-from states.events import Captured, Checked, Next, Prompted, Recovered
-from states.journal import Folded, Header, Record, Transition, fold, fold_record
+from states.events import Captured, Checked, Event, Next, Prompted, Recovered, Share
+from states.journal import Folded, Header, Record, Transition, fold_record
 from states.machine import Facts
 
 CHECK: Final = Next("check")
@@ -49,7 +47,7 @@ class TurnTaken:
     prompt: str
     ended_by: str = ""
     complete: bool = False
-    steps: tuple[Mapping[str, Any], ...] = ()
+    steps: Sequence[Mapping[str, Any]] = ()
     feedback: Mapping[str, float] | None = None
 
     @property
@@ -58,72 +56,105 @@ class TurnTaken:
         return "\n".join(str(step.get("text", "")) for step in self.steps if step.get("type") == "agent_message")
 
 
-@attrs.define(eq=False, slots=False)
+@attrs.frozen
 class Story:
-    """What happened so far, as a director sees it. Steps are read from disk when somebody looks at them."""
+    """What happened so far, as a director sees it.
+
+    `turns` are those that were taken, in order; one that was cut off, and is asked again, is not among them. Their
+    steps are read when somebody looks at them. `checks` counts the soft verifications, and `coming` is the number of
+    the turn that is decided now: its segment's.
+    """
 
     instruction: str
-    _records: Sequence[Record]
-    _segments: Callable[[], list[RecordedSegment]]
-    _limits: Limits = Limits()
+    turns: tuple[TurnTaken, ...] = ()
+    checks: int = 0
+    coming: int = 1
+    _ledger: tuple[Share, ...] = attrs.field(default=(), repr=False)
+    _limits: Limits = attrs.field(default=Limits(), repr=False)
 
     def spent(self, role: str) -> str:
         """Why `role` can take no further turn (which budget is spent), empty while it can.
 
         A turn that is given to it all the same is not taken: the rollout ends, and says so.
         """
-        limits = self._limits.holding(role)
-        return str(next(self._limits.gone(limits, fold(self._records).position.facts.ledger), ""))
-
-    @functools.cached_property
-    def turns(self) -> tuple[TurnTaken, ...]:
-        """Every turn that was taken, in order. One that was cut off, and is asked again, is not among them."""
-        segments = {segment.number: segment for segment in self._segments()}
-        return tuple(_with_steps(turn, segments.get(number)) for number, turn in self._taken().items())
-
-    @property
-    def coming(self) -> int:
-        """The number of the turn that is decided now: its segment's."""
-        return 1 + sum(isinstance(move.event, Prompted) for move in self._moves())
-
-    @property
-    def checks(self) -> int:
-        """How many soft verifications there were."""
-        return sum(isinstance(move.event, Checked) for move in self._moves())
-
-    def _moves(self) -> Iterator[Transition]:
-        return (record for record in self._records if isinstance(record, Transition))
-
-    def _taken(self) -> dict[int, TurnTaken]:
-        """The turns by the number of their segment."""
-        taken: dict[int, TurnTaken] = {}
-        again: set[int] = set()
-        for event, facts in _events(self._records):
-            number = facts.prompted
-            match event:
-                case Prompted(role=role, text=text):
-                    taken[number] = TurnTaken(role, text)
-                case Captured(complete=complete):
-                    taken[number] = attrs.evolve(taken[number], ended_by=facts.ended_by, complete=complete)
-                case Checked(feedback=feedback) if taken:
-                    taken[number] = attrs.evolve(taken[number], feedback=feedback)
-                case Recovered(again=Next()):
-                    again.add(number)
-        return {number: turn for number, turn in taken.items() if number not in again}
+        return str(next(self._limits.gone(self._limits.holding(role), self._ledger), ""))
 
 
-def _with_steps(turn: TurnTaken, segment: RecordedSegment | None) -> TurnTaken:
-    return attrs.evolve(turn, steps=tuple(step.data for step in segment.steps)) if segment else turn
+@attrs.frozen(eq=False)
+class _Steps(Sequence[Mapping[str, Any]]):
+    """The steps of one turn, read from where they were written when somebody looks at them."""
+
+    _read: Callable[[int], tuple[Mapping[str, Any], ...]] = attrs.field(repr=False)
+    _number: int
+    _found: list[tuple[Mapping[str, Any], ...]] = attrs.field(factory=list, init=False)
+
+    def _all(self) -> tuple[Mapping[str, Any], ...]:
+        if not self._found:
+            self._found.append(self._read(self._number))
+        return self._found[0]
+
+    @overload
+    def __getitem__(self, at: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, at: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+        return self._all()[at]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
-def _events(records: Sequence[Record]) -> Iterator[tuple[Any, Facts]]:
-    header = records[0]
-    assert isinstance(header, Header), "a journal begins with its header"
-    folded = Folded(header)
-    for record in records[1:]:
-        folded = fold_record(folded, record)
-        if isinstance(record, Transition):
-            yield record.event, folded.position.facts
+@attrs.define(eq=False)
+class Chronicle:
+    """Tells the story of a rollout while it happens. Each time costs what is new, however long it is by then."""
+
+    instruction: str
+    _records: Sequence[Record]
+    """The journal's own, which grows."""
+    _steps: Callable[[int], tuple[Mapping[str, Any], ...]]
+    _limits: Limits
+    _told: list[Folded] = attrs.field(factory=list, init=False)
+    """The fold of the records that were read, once there is one."""
+    _read: int = attrs.field(default=1, init=False)
+    _taken: dict[int, TurnTaken] = attrs.field(factory=dict, init=False)
+    _checks: int = attrs.field(default=0, init=False)
+
+    def __call__(self) -> Story:
+        """The story so far."""
+        for record in self._records[self._read :]:
+            folded = fold_record(self._fold(), record)
+            self._told[:] = [folded]
+            self._read += 1
+            if isinstance(record, Transition):
+                self._happened(record.event, folded.position.facts)
+        facts = self._fold().position.facts
+        turns = tuple(self._taken.values())
+        return Story(self.instruction, turns, self._checks, facts.prompted + 1, facts.ledger, self._limits)
+
+    def _fold(self) -> Folded:
+        if not self._told:
+            header = self._records[0]
+            assert isinstance(header, Header), "a journal begins with its header"
+            self._told.append(Folded(header))
+        return self._told[0]
+
+    def _happened(self, event: Event, facts: Facts) -> None:
+        number = facts.prompted
+        match event:
+            case Prompted(role=role, text=text):
+                self._taken[number] = TurnTaken(role, text, steps=_Steps(self._steps, number))
+            case Captured(complete=complete) if turn := self._taken.get(number):
+                steps = _Steps(self._steps, number)  # what was read of it meanwhile is not all
+                self._taken[number] = attrs.evolve(turn, ended_by=facts.ended_by, complete=complete, steps=steps)
+            case Checked(feedback=feedback):
+                self._checks += 1
+                if turn := self._taken.get(number):
+                    self._taken[number] = attrs.evolve(turn, feedback=feedback)
+            case Recovered(again=Next()):
+                self._taken.pop(number, None)
 
 
 @attrs.frozen

@@ -24,10 +24,10 @@ import msgspec
 
 from orchestrator._tasks import first_of
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
-from orchestrator.capture import DIRECTOR, RecordedSegment, TurnSegment, fold_trajectory, read_trajectory, recovered
+from orchestrator.capture import DIRECTOR, GrowingTrajectory, TurnSegment, read_trajectory, recovered
 from orchestrator.config import DirectorRole, RolloutConfig, Scene
 from orchestrator.directing import AgentDirector, HeardSegment, Outside
-from orchestrator.directors import DirectedPlan, Story
+from orchestrator.directors import Chronicle, DirectedPlan, Story
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import GiveBack, JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
@@ -660,7 +660,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
 
     questions = Questions(config.policy, config.answer_sec, config.terminal)
     questions.bind(config.on_ask_user)
-    tell = Teller(found.instruction, journal, steps, found.limits)
+    tell = Chronicle(found.instruction, journal.records, GrowingTrajectory(steps).steps, found.limits)
     world = LiveWorld(
         id=rollout,
         config=config,
@@ -707,31 +707,10 @@ def _journal(
     return JournalWriter(RedactingSink(lines, redactor), config.clock, header)
 
 
-@attrs.frozen
-class Teller:
-    """Tells what happened so far: turns from the journal, steps from where they were written."""
-
-    instruction: str
-    journal: JournalWriter
-    steps: FileSink | MemorySink
-    limits: Limits
-
-    def __call__(self) -> Story:
-        """The story so far."""
-        return Story(self.instruction, tuple(self.journal.records), self._segments, self.limits)
-
-    def _segments(self) -> list[RecordedSegment]:
-        return (
-            fold_trajectory(self.steps.lines)
-            if isinstance(self.steps, MemorySink)
-            else read_trajectory(self.steps.path)
-        )
-
-
-def _plan(config: RolloutConfig, roles: tuple[str, ...], teller: Teller) -> Plan:
+def _plan(config: RolloutConfig, roles: tuple[str, ...], tell: Chronicle) -> Plan:
     if callable(config.director):
-        return DirectedPlan(config.director, teller, roles, config.max_checks)
-    return config.plan or FixedPlan(config.the_scene().turns, teller.instruction)
+        return DirectedPlan(config.director, tell, roles, config.max_checks)
+    return config.plan or FixedPlan(config.the_scene().turns, tell.instruction)
 
 
 def _folder(config: RolloutConfig, rollout: str) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import FakeMeter
 
-from orchestrator.capture import TurnSegment, fold_trajectory, read_trajectory, recovered
+from orchestrator.capture import GrowingTrajectory, TurnSegment, fold_trajectory, read_trajectory, recovered
 from orchestrator.journal import FileSink, MemorySink
 from states import capturing
 from states.errors import JournalError
@@ -84,3 +84,23 @@ async def test_a_segment_that_was_opened_again_begins_anew() -> None:
         segment.grew(segment.started(SAID), f", {text}")
     (found,) = fold_trajectory(sink.lines)
     assert [step.data["text"] for step in found.steps] == ["do it", "well, do it"]
+
+
+def test_a_trajectory_that_grows_is_read_line_by_line(tmp_path: Path) -> None:
+    """Before there is a file, with half a line at its end, and on from there."""
+    sink = FileSink(tmp_path / "trajectory.jsonl")
+    growing = GrowingTrajectory(sink)
+    assert growing.steps(1) == ()
+    whole = [
+        b'{"segment":1,"opened":{}}',
+        b'{"segment":1,"step":0,"data":{"text":"a"}}',
+        b'{"segment":1,"step":0,"text":"b"}',
+    ]
+    sink.path.write_bytes(b"\n".join(whole)[:-5])
+    assert growing.steps(1) == ({"text": "a"},)
+    sink.path.write_bytes(b"\n".join(whole) + b"\n")
+    assert growing.steps(1) == ({"text": "ab"},)
+    sink.path.unlink()
+    sink.path.mkdir()
+    with pytest.raises(JournalError, match="cannot be read"):
+        growing.steps(1)

@@ -7,7 +7,8 @@ import anyio.lowlevel
 import pytest
 from harness import TRANSPORTS, FakeVerifier, assert_sound, build, trace
 
-from orchestrator import ConfigError, Role, RolloutConfig, Scene, Turn
+from orchestrator import ConfigError, Role, RolloutConfig, Scene, Turn, directors
+from orchestrator.capture import Trajectory
 from orchestrator.directors import CHECK, scripted_user, until_approved, until_verified
 
 
@@ -96,6 +97,43 @@ def test_a_director_sees_the_steps_the_ending_and_the_feedback_of_each_turn(tran
     assert first.feedback is None
     assert seen[2][0].feedback == {"reward": 1.0}
     assert [turn.prompt for turn in seen[3]] == ["Do it.", "More."]
+
+
+def test_a_story_costs_what_is_new_however_long_it_is(transport, monkeypatch):
+    """Thirty decisions that look at the last turn's words read each line once, and fold each record once."""
+    folded, lines = [], []
+    fold_record, take = directors.fold_record, Trajectory.take
+
+    def counted(trajectory, more):
+        more = list(more)
+        lines.extend(more)
+        take(trajectory, more)
+
+    monkeypatch.setattr(directors, "fold_record", lambda *given: folded.append(given) or fold_record(*given))
+    monkeypatch.setattr(Trajectory, "take", counted)
+
+    def director(story):
+        assert all(turn.said == "done" for turn in story.turns[-1:])
+        return Turn("agent") if len(story.turns) < 30 else None
+
+    stand = played(lambda: folded.clear() or lines.clear() or build(transport, director=director))
+    assert stand.rollout.result().turns == 30
+    assert len(folded) < len(stand.rollout.journal)
+    assert lines == list(stand.rollout._world._trajectory._sink.lines)
+
+
+def test_a_turn_that_is_looked_at_while_it_is_open_is_whole_afterwards(transport):
+    """What was read of it then is read again, and what a director was handed stays as it was."""
+    seen = []
+
+    def look(moved):
+        if moved.event.name in ("Prompted", "Captured"):
+            seen.append([step["type"] for step in stands[-1].rollout.story.turns[0].steps])
+            stands[-1].rollout.story.turns[0].steps[0]["type"] = "nobody else's"
+
+    stands = []
+    played(lambda: stands.append(build(transport, hooks=(look,))) or stands[-1])
+    assert seen[-2:] == [["user_message"], ["user_message", "agent_thought", "tool_call", "agent_message"]]
 
 
 def test_a_director_may_be_async(transport):

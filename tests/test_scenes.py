@@ -401,9 +401,7 @@ def test_a_task_describes_its_user(tmp_path):
 
 
 def a_story(*turns: TurnTaken):
-    story = Story("Help.", (), list)
-    story.__dict__["turns"] = turns
-    return story
+    return Story("Help.", turns)
 
 
 def taken(role: str, said: str, prompt: str = "", ended_by: str = "end_turn") -> TurnTaken:
