@@ -195,11 +195,10 @@ class Tail:
 
 
 def messages_of(segment: RecordedSegment, *, asked: str = "") -> Iterator[ChatMessage]:
-    """The messages of one turn; `asked` is what Inspect has among its own messages already."""
+    """The messages of one turn, without what came late; `asked` is what Inspect has among its own already."""
     about = {"role": segment.about.get("role")}
     content: list[Content] = []
-    for step in segment.steps:
-        data = step.data
+    for data in (step.data for step in segment.steps if not step.late):
         text = str(data.get("text", ""))
         match data.get("type"):
             case "user_message" if not (segment.number == 1 and text == asked):

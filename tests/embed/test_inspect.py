@@ -8,9 +8,9 @@ from pathlib import Path
 import anyio
 import attrs
 import pytest
-from hosts import host_python, once
+from hosts import host_python, host_run, once
 from requirements import missing
-from trials import HERE, KEY, counted, left_in, run_counted
+from trials import HERE, KEY, TRIAL_SEC, counted, left_in, run_counted
 
 from orchestrator.install import ensure_installed
 from orchestrator.registry import default_registry
@@ -138,6 +138,24 @@ def test_what_was_said_and_done_are_messages_of_the_sample(evaluated):
     prompts = [one["content"] for one in evaluated["scene"].sample["messages"] if one["role"] == "user"]
     assert prompts[1] == "Review what was done, and mend it."
     assert len(prompts) == 2
+
+
+SAID = """
+import json
+from orchestrator.capture import RecordedSegment, RecordedStep
+from orchestrator.embed.inspect import messages_of
+edit = {"type": "tool_call", "tool_call_id": "t", "kind": "edit", "status": "completed",
+        "content": [{"type": "diff", "path": "/a", "newText": "b"}]}
+steps = [RecordedStep(edit), RecordedStep({"type": "agent_message", "text": "too late"}, late=True)]
+print(json.dumps([[m.role, m.text] for m in messages_of(RecordedSegment(1, {"role": "coder"}, steps))]))
+"""
+
+
+def test_an_edit_is_told_by_what_it_wrote_and_what_came_late_is_not_told(tmp_path):
+    """As in the export of the same rollout."""
+    done = host_run(host_python("inspect"), "python", "-c", SAID, env={}, cwd=tmp_path, timeout=TRIAL_SEC)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["assistant", ""], ["tool", "/a\nb"]]
 
 
 def test_a_time_limit_of_inspect_ends_the_rollout_and_its_agent(evaluated):
