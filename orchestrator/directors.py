@@ -131,7 +131,10 @@ class Chronicle:
             if isinstance(record, Transition):
                 self._happened(record.event, folded.position.facts)
         facts = self._fold().position.facts
-        turns = tuple(self._taken.values())
+        turns = tuple(
+            turn if turn.ended_by else attrs.evolve(turn, steps=_Steps(self._steps, number))  # more may have come
+            for number, turn in self._taken.items()
+        )
         return Story(self.instruction, turns, self._checks, facts.prompted + 1, facts.ledger, self._limits)
 
     def _fold(self) -> Folded:
@@ -147,8 +150,7 @@ class Chronicle:
             case Prompted(role=role, text=text):
                 self._taken[number] = TurnTaken(role, text, steps=_Steps(self._steps, number))
             case Captured(complete=complete) if turn := self._taken.get(number):
-                steps = _Steps(self._steps, number)  # what was read of it meanwhile is not all
-                self._taken[number] = attrs.evolve(turn, ended_by=facts.ended_by, complete=complete, steps=steps)
+                self._taken[number] = attrs.evolve(turn, ended_by=facts.ended_by, complete=complete)
             case Checked(feedback=feedback):
                 self._checks += 1
                 if turn := self._taken.get(number):

@@ -166,7 +166,7 @@ async def test_the_story_is_the_same_in_memory_and_on_disk(tmp_path):
     for out in (None, tmp_path):
         rollout = Rollout(speaking("same", out))
         await rollout.run()
-        told.append(rollout.story.turns)
+        told.append([(turn.role, turn.prompt, turn.ended_by, list(turn.steps)) for turn in rollout.story.turns])
     assert told[0] == told[1]
 
 
