@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 import uuid
 
 import anyio
 import pytest
+from test_resume import STATES, dies_in
 
+from orchestrator.journal import JournalSink
 from orchestrator.recovery import reap
 from orchestrator.sandboxes import sweep
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
-CHILD = """
-import json, os, sys
-from pathlib import Path
-import anyio
-from orchestrator import Rollout, RolloutConfig
-from orchestrator.tasks.authoring import demo_task
-
-state, out, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-detached = "setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo started"
-turn = [{"say": "working"}, {"shell": detached}, {"shell": "sleep 1000"}]
-
-def die(moved):
-    if moved.dest == state:
-        os.kill(os.getpid(), 9)
-
-config = RolloutConfig(
-    task=demo_task(), agent="scripted", env={"ROLLOUT_SCRIPT": json.dumps({"turns": [turn]})}, sandbox="daytona",
-    sandbox_options={"snapshot": "prepared"}, out=out, new_id=lambda: name, hooks=(die,), turn_sec=1,
-)
-anyio.run(Rollout(config).run)
-"""
-STATES = (
-    "disconnected",
-    "connecting",
-    "session/factory",
-    "executing",
-    "cancelling",
-    "capturing/partial",
-    "quiescing",
-    "verifying",
-    "releasing",
-)
+THERE = {"sandbox": "daytona", "sandbox_options": {"snapshot": "prepared"}, "turn_sec": 2.0}
+KILLED_IN = ("session/acp", *(state.replace("session", "session/factory") for state in STATES))
 
 
 @pytest.fixture
@@ -63,25 +34,38 @@ async def server(daytona_service):
 
 
 def child(state, out, name):
-    """The command of an orchestrator that dies as it enters `state`."""
-    return [sys.executable, "-c", CHILD, state, str(out), name]
+    """The command of an orchestrator that dies as it enters `state`, a leaf of the machine."""
+    transport = "acp" if state == "session/acp" else "session-factory"
+    return dies_in("session" if state.startswith("session/") else state, transport, out, name, **THERE)
 
 
-@pytest.mark.parametrize("how", ["its journal", "its label"])
-@pytest.mark.parametrize("state", STATES)
-async def test_a_killed_orchestrator_leaves_a_sandbox_that_is_given_back(server, daytona_service, tmp_path, state, how):
-    """In each state, with or without the journal; a second time there is nothing to do."""
+@pytest.mark.parametrize("state", KILLED_IN)
+async def test_a_killed_orchestrator_leaves_a_sandbox_that_is_given_back(server, daytona_service, tmp_path, state):
+    """In each state, by its journal; afterwards there is nothing to do."""
     name = f"killed-{uuid.uuid4().hex[:8]}"
     done = await anyio.run_process(child(state, tmp_path, name), check=False)
     assert done.returncode == -9, done.stderr.decode()
     assert await daytona_service.left() == [f"rollout-{name}"]
-    if how == "its label":
-        (said,) = await sweep("daytona", {})
-        assert said.startswith(f"sandbox rollout-{name} was deleted")
     result = await reap(tmp_path / name)
     assert result.state == ("closed/rewarded" if state == "releasing" else "closed/failed")
+    assert not result.leaked
     assert server.boxes == {}
     assert await sweep("daytona", {}) == ()
+
+
+async def test_what_was_killed_is_found_without_its_journal(server, tmp_path):
+    """By its labels, unless somebody alive holds the rollout by now; its journal can be closed afterwards."""
+    name = f"killed-{uuid.uuid4().hex[:8]}"
+    done = await anyio.run_process(child("executing", tmp_path, name), check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    sink = JournalSink(tmp_path / name / "journal.jsonl")
+    assert sink.claim() == "ours"
+    assert await sweep("daytona", {}) == ()
+    sink.close()
+    (said,) = await sweep("daytona", {})
+    assert said.startswith(f"sandbox rollout-{name} was deleted")
+    assert server.boxes == {}
+    assert (await reap(tmp_path / name)).state == "closed/failed"
 
 
 async def test_a_sandbox_whose_orchestrator_is_killed_while_it_is_made_is_found_by_its_intended_name(server, tmp_path):

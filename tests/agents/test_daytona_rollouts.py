@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
+from requirements import missing
 from same_journal import comparable, said_and_done
-from test_real_acp_agents import SOLVE, assert_closed, assert_keys_stay_out, assert_metered
+from test_real_acp_agents import DEMO, SOLVE, assert_closed, assert_keys_stay_out, assert_metered
 
 from orchestrator.capture import read_trajectory
 from orchestrator.gateway.scripted import Hang, Say, Shell, ShellScript, Steps
+from orchestrator.recovery import reap
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
@@ -102,3 +107,58 @@ async def test_what_the_service_refuses_is_a_verdict_with_its_words(play, loopba
     assert played.result.verdict.owner == "sandbox"
     assert said in played.result.verdict.reason
     assert played.calls == ()
+
+
+async def test_a_dockerfile_that_fails_is_the_sandboxes_failure_with_the_end_of_its_log(play, loopback, tmp_path):
+    """As the service says it; no agent was started."""
+    task = tmp_path / "task"
+    shutil.copytree(DEMO, task)
+    lines = ("FROM debian:stable-slim", "RUN echo these are the last words; exit 7")
+    (task / "environment/Dockerfile").write_text("\n".join(lines))
+    played = await play("minimal", ShellScript(SOLVE), **THERE, task=task)
+    assert_closed(played, "closed/failed", None)
+    assert played.result.verdict.owner == "sandbox"
+    assert "\nthese are the last words\n" in played.result.errors[0]["message"], played.result.errors[0]["message"]
+    assert played.calls == ()
+    assert loopback.boxes == {}
+
+
+async def test_a_service_that_goes_away_in_mid_turn_is_the_sandboxes_failure(play, loopback, monkeypatch):
+    """Nothing is proven, nothing is graded, all that was said is kept; what is left goes when the service is back."""
+    monkeypatch.setattr("orchestrator.sandboxes._daytona_service.FIRST_DELAY_SEC", 0.01)
+
+    def go_away(moved):
+        if moved.dest == "executing":
+            for method in ("GET", "POST", "DELETE"):
+                loopback.fault(method, ".*", drop="before", times=1_000_000)
+
+    script = Steps(Say("words"), Shell("echo more"))
+    played = await play("minimal", script, **THERE, hooks=(go_away,))
+    assert_closed(played, "closed/failed", None)
+    assert played.result.verdict.owner == "sandbox", played.result.verdict
+    (segment,) = read_trajectory(played.folder / "trajectory.jsonl")
+    assert segment.sealed is not None
+    assert any(lease.startswith("sandbox rollout-") for lease in played.result.leaked)
+    loopback.faults.clear()
+    assert not (await reap(played.folder)).leaked
+    assert loopback.boxes == {}
+
+
+@pytest.fixture
+def small(loopback):
+    """The service, with a disk in memory of 64 MB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(loopback.folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        missing("daytona", "a disk in memory cannot be mounted: that takes root")
+    yield loopback
+    subprocess.run(["umount", "-l", str(loopback.folder)], check=True)
+
+
+async def test_a_disk_that_is_full_is_the_sandboxes_failure(play, small):
+    """An agent that fills it cannot be verified; what it did is on record."""
+    assert small.folder.is_mount()
+    played = await play("minimal", Steps(Shell("cat /dev/zero > /app/all; echo full"), Say("done")), **THERE)
+    assert_closed(played, "closed/failed", None)
+    assert played.result.verdict.owner == "sandbox", played.result.verdict
+    assert any("No space left on device" in error["message"] for error in played.result.errors), played.result.errors
+    assert played.result.tool_calls == 1
