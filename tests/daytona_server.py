@@ -520,18 +520,19 @@ class DaytonaServer:
             "toolboxProxyUrl": self.url.removesuffix("/api") + "/toolbox",
         }
         box = self.boxes[box_id] = Box(dto, self.folder / box_id, env=dict(body.env or {}))
+        if body.build_info is not None:
+            box.dto["state"] = "pending_build"
+            box.spawn(self._build(box, body.build_info))
+            return web.json_response(self._dto(box))
         try:
-            await self._build(box, body.build_info)
+            await self._boot(box)
         except BaseException:
             await self.vanish(box_id)
             raise
         return web.json_response(self._dto(box))
 
     async def _build(self, box, info):
-        """Bring it up, from a Dockerfile where there is one."""
-        if info is None:
-            await self._boot(box)
-            return
+        """Build it from a Dockerfile, and bring it up, while its maker asks after it and reads the log."""
         lines = info.dockerfile_content.splitlines()
         image = next((line.split()[1] for line in lines if line.upper().startswith("FROM ")), "")
         box.log.append(f"pulling {image}")
@@ -540,6 +541,7 @@ class DaytonaServer:
             box.dto |= {"state": "build_failed", "errorReason": f"failed to pull {image}: manifest unknown"}
             return
         await self._boot(box)
+        box.dto["state"] = "building_snapshot"
         context = box.folder / "context"
         context.mkdir()
         for digest in info.context_hashes or ():
@@ -550,6 +552,7 @@ class DaytonaServer:
             word, _, rest = line.strip().partition(" ")
             if not await self._step(box, word.upper(), rest.strip(), context):
                 return
+        box.dto["state"] = "started"
 
     async def _boot(self, box):
         await box.boot()
@@ -643,7 +646,10 @@ class DaytonaServer:
         return web.json_response({"url": f"{self.url}/build-logs/{box.dto['id']}"})
 
     async def build_logs(self, request):
-        return web.Response(text="\n".join(self._box(request).log))
+        box = self._box(request)
+        while box.dto["state"] in ("pending_build", "building_snapshot"):
+            await asyncio.sleep(0.02)
+        return web.Response(text="\n".join(box.log))
 
     async def push_access(self, _request):
         keys = {"accessKey": "key", "secret": "secret", "sessionToken": "token"}

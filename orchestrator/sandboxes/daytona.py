@@ -358,7 +358,7 @@ class DaytonaSandbox:
         try:
             box = await service.create(self.name, recipe.params, self._build_log.append)
         except SandboxError as exc:
-            tail = "\n".join(self._build_log[-20:])
+            tail = "\n".join("\n".join(self._build_log).splitlines()[-20:])
             raise SandboxError(f"{exc}\nthe build's log ended:\n{tail}" if tail else str(exc)) from exc
         finally:
             recipe.close()

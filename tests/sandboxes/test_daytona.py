@@ -173,7 +173,10 @@ async def test_a_dockerfile_is_built_with_its_files_and_an_image_may_stand_for_i
     ("lines", "said"),
     [
         ("FROM example.org/none:1", "failed to pull example.org/none:1"),
-        ("FROM debian:12\nRUN echo why; exit 3", "non-zero code: 3"),
+        (
+            "FROM debian:12\nRUN echo why; exit 3",
+            "the build's log ended:\npulling debian:12\nRUN echo why; exit 3\nwhy\n",
+        ),
     ],
     ids=["no such base", "a command that fails"],
 )
