@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
-from states.errors import said
+from states.errors import JournalError, said
 from states.events import (
     AcpOpened,
     Captured,
@@ -312,7 +312,8 @@ class Telemetry:
 
     def over(self, result: Callable[[], RolloutResult], now: Callable[[], float], closed: float | None) -> None:
         """It was closed then, or is driven no more from now on. Idempotent; who drives it on begins anew."""
-        with self._harmless():
+        # If it ends because its journal cannot be written, tracing that raises as well can be told to nobody.
+        with contextlib.suppress(JournalError), self._harmless():
             while self._telling:
                 self._telling.pop().over(result(), now() if closed is None else closed)
         self._asked.clear()

@@ -28,7 +28,9 @@ from orchestrator.gateway.prices import Prices
 from orchestrator.gateway.script import Fail, Say, Shell, Steps
 from orchestrator.gateway.scripted import ScriptedUpstream
 from orchestrator.gateway.upstream import Upstream
+from orchestrator.journal import MemorySink
 from orchestrator.sandboxes.fake import FakeSandbox
+from states.errors import JournalError
 from states.ports import ExecResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,6 +251,25 @@ def test_a_host_whose_tracing_raises_does_not_break_a_rollout(host):
     assert (result.state, result.reward) == ("closed/rewarded", 1.0)
     assert [note for note in result.notes if "the collector is gone" in note] == list(result.notes)
     assert len(result.notes) == 1
+
+
+def test_tracing_that_raises_when_the_disk_is_full_is_no_error_of_the_host(host):
+    """A rollout raises nothing for what happens in it, not when nobody can be told of it either."""
+
+    class Full(MemorySink):
+        def write(self, line):
+            if len(self.lines) >= 4:
+                raise JournalError("no space left on device")
+            super().write(line)
+
+    class AsFull(SpanProcessor):
+        def on_end(self, span):
+            if span.name == "rollout":
+                raise RuntimeError("the collector is full as well")
+
+    host.provider.add_span_processor(AsFull())
+    result = anyio.run(build("acp", journal=Full()).rollout.run)
+    assert "no space left" in result.verdict.reason
 
 
 # --- when there is nothing -----------------------------------------------------------------------------------------
