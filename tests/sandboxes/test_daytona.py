@@ -15,7 +15,7 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 import pytest
-from requirements import module
+from requirements import missing, module
 
 import orchestrator.sandboxes.inside
 from orchestrator.owners import owner
@@ -405,6 +405,32 @@ async def test_what_is_no_frame_breaks_its_line_and_not_its_channel(loopback, up
     await process.send(b"more\n")
     with anyio.fail_after(60), pytest.raises(SandboxError, match="lines break one after another: no such frame"):
         await process.receive()
+
+
+@pytest.fixture
+def small(loopback):
+    """The service, with a disk in memory of 64 MB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(loopback.server.folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        missing("daytona", "a disk in memory cannot be mounted: that takes root")
+    yield loopback
+    subprocess.run(["umount", "-l", str(loopback.server.folder)], check=True)
+
+
+async def test_a_handle_that_cannot_be_found_again_does_not_come_up(small, up):
+    """On a full disk nobody could note its PID 1, and so nobody end it. With room again it comes up, and ends."""
+    sandbox, handle = await up()
+    assert small.server.folder.is_mount()
+    await handle.exec("cat /dev/zero > /app/all")
+    late = sandbox.handle("late")
+    with pytest.raises(SandboxError, match="No space left on device"):
+        await late.open()
+    assert (await handle.exec("rm /app/all")).return_code == 0
+    assert await late.end() == ("handle late never had a PID 1: nothing was started through it",)
+    again = sandbox.handle("late")
+    await again.open()
+    assert await output(again, "echo here") == "here\n"
+    assert "was killed and is gone" in (await again.end())[0]
 
 
 @pytest.mark.parametrize("channel", ["session", "pty"])

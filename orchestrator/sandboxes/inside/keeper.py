@@ -289,7 +289,9 @@ def divide(settings: Dict[str, Any], told: int) -> None:
             json.dump([pid, stat[2] if stat else "", system.namespace_of(pid)], file)
         os.write(note, b".")  # it shares our mounts: from here on our /proc may be its own
         return
-    os.read(noted, 1)
+    os.close(note)
+    if os.read(noted, 1) != b".":  # nobody could find us again: the disk is full, say
+        os._exit(1)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(settings["folder"] + "/socket")
     listener.listen(64)
@@ -435,7 +437,10 @@ def ended(asked: Dict[str, Any]) -> Answer:
         raise Failed("processes %s are still in its PID namespace" % ", ".join(map(system.name_of, left)), "unquiet")
     count = len(list(system.pids()))
     number = namespace.partition("[")[2].rstrip("]")
-    evidence.append("none of %d processes is in PID namespace %s" % (count, number))
+    if namespace:
+        evidence.append("none of %d processes is in PID namespace %s" % (count, number))
+    else:
+        evidence.append("handle %s never had a PID 1: nothing was started through it" % name)
     if not asked["trusted"]:
         evidence += put_down_strangers(settings)
     forget(folder + "/pid")
