@@ -561,9 +561,8 @@ class LiveWorld:
         keep = lease.kind == "sandbox" and (wish == "always" or (wish == "on-failure" and not succeeded))
         if keep:
             where = self.folder or self.id
-            self.note(
-                f"sandbox {lease.name} was kept: `rollout exec {where} -- ls` looks in, `rollout reap {where}` ends it"
-            )
+            looks = f"`rollout exec {where} -- ls` looks in, " if isinstance(self.sandbox, Keepable) else ""
+            self.note(f"sandbox {lease.name} was kept: {looks}`rollout reap {where}` ends it")
         return keep
 
     async def keep(self, _lease: Lease) -> None:

@@ -440,7 +440,7 @@ def ended(asked: Dict[str, Any]) -> Answer:
     if namespace:
         evidence.append("none of %d processes is in PID namespace %s" % (count, number))
     else:
-        evidence.append("handle %s never had a PID 1: nothing was started through it" % name)
+        evidence.append("handle %s has no PID 1 (any more): nothing of it is left" % name)
     if not asked["trusted"]:
         evidence += put_down_strangers(settings)
     forget(folder + "/pid")
