@@ -19,7 +19,7 @@ import click
 from states.errors import ConfigError, OrchestratorError
 
 if TYPE_CHECKING:
-    from orchestrator.config import RolloutConfig
+    from orchestrator.config import RolloutConfig, Scene
     from orchestrator.registry import AgentConfig, Registry
     from orchestrator.result import RolloutResult
     from orchestrator.rollout import Rollout
@@ -844,7 +844,7 @@ def _findings(path: Path) -> tuple[list[str], list[str]]:
     try:
         for task in load_tasks(folder):
             if (scene := scene_of(task)) is not None:
-                director_of(task, scene)
+                _check_players(scene, director_of(task, scene), task.path / "task.md")
     except ConfigError as error:
         errors = str(error).splitlines()
         return errors, [finding for finding in validate_task(folder) if finding not in errors]
@@ -862,20 +862,29 @@ def _is_scene(path: Path) -> bool:
 
 def _scene_findings(path: Path) -> list[str]:
     """Check a `rollout.toml`, its agents among it. Raises `ConfigError` for what cannot work."""
-    from orchestrator.registry import default_registry
     from orchestrator.scenes import load_rollout
     from orchestrator.tasks import load_task
 
     sys.path.insert(0, str(path.resolve().parent))
     config = load_rollout(path, variables=os.environ)
-    led = config.get("director")
-    for role in (*config["scene"].roles, *([led.role] if led else [])):
-        default_registry().resolve(role.agent)
+    _check_players(config["scene"], config.get("director"), path)
     if "task" in config:
         load_task(config["task"])
     elif "prompt" not in config and any(turn.prompt is None for turn in config["scene"].turns):
         return [f"{path}: a turn has no prompt and the file names no task; `rollout run` will need one"]
     return []
+
+
+def _check_players(scene: Scene, director: object, path: Path) -> None:
+    """Raise `ConfigError` when a role of the file `path` is played by an agent that there is not."""
+    from orchestrator.config import DirectorRole
+    from orchestrator.registry import default_registry
+
+    for role in (*scene.roles, *([director.role] if isinstance(director, DirectorRole) else [])):
+        try:
+            default_registry().resolve(role.agent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: role {role.name!r}: {error}") from error
 
 
 def _nobody() -> Registry:
@@ -916,7 +925,9 @@ def init_agent(path: Path, *, protocol: str, as_json: bool) -> int:
     from orchestrator.scaffold import scaffold_agent
 
     files = scaffold_agent(path, protocol)
-    return _written(files, f"rollout validate {files[0]} && rollout run demo --agent {files[0]}", as_json=as_json)
+    model = " --model openai/gpt-5" if protocol == "acp" else ""
+    then = f"rollout validate {files[0]} && rollout run demo --agent {files[0]}{model}"
+    return _written(files, then, as_json=as_json)
 
 
 def _written(files: Sequence[Path], then: str, *, as_json: bool) -> int:

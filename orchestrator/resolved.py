@@ -106,7 +106,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
 
 def resolve(config: RolloutConfig) -> Resolved:
     """Find and check what it names. Raises `ConfigError`, a `TaskError` for a malformed task."""
-    check_sandbox(config.sandbox, config.sandbox_options)
+    check_sandbox(config.sandbox, config.sandbox_options, config.network)
     task, scene, led = _task(config), config.the_scene(), config.the_director()
     roles = scene.roles if led is None else (*scene.roles, led.role)
     cast = {role.name: _cast(config, role, task) for role in roles}

@@ -836,3 +836,15 @@ def test_a_scene_is_validated_with_its_agents_and_its_task(rollout, tmp_path):
     code, out, _ = rollout("validate", "task")
     assert code == 1
     assert "did you mean planner?" in out
+
+
+def test_an_agent_of_a_task_that_there_is_not_is_found_by_validate(rollout, tmp_path):
+    """As `run` would find it, with the file and the role."""
+    (tmp_path / "task").mkdir()
+    task_md(tmp_path / "task", TASK)
+    assert rollout("validate", "task")[0] == 0
+    task_md(tmp_path / "task", TASK.replace("scripted-acp", "claude-code"))
+    code, out, _ = rollout("validate", "task")
+    assert code == 1
+    assert "task.md: role 'executor': " in out
+    assert "claude-code" in out

@@ -28,6 +28,15 @@ def test_a_sandbox_that_there_is_not_is_refused_before_there_is_a_folder(tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_network_that_a_sandbox_cannot_give_is_refused_before_there_is_a_folder(tmp_path):
+    """One sentence with those that it can, and nothing on disk; a sandbox that can is not refused."""
+    wanted = RolloutConfig(prompt="x", agent="noop", network="bridge", out=tmp_path / "runs")
+    with pytest.raises(ConfigError, match="network of a local sandbox is gateway-only, host, none, not 'bridge'"):
+        Rollout(wanted)
+    assert not (tmp_path / "runs").exists()
+    Rollout(attrs.evolve(wanted, sandbox="fake"))
+
+
 def test_an_agent_whose_library_is_not_installed_is_refused_before_there_is_a_folder(tmp_path):
     """The sentence names the extra."""
     agent = attrs.evolve(default_registry().get("noop"), requires=("json", "no_such_library"))

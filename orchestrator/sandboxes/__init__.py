@@ -3,6 +3,7 @@
 A kind that ships is a module of this package, named as the kind is, imported only when it is asked for:
 
     OPTIONS: Mapping[str, str]                      its options, each with a sentence (`RolloutConfig.sandbox_options`)
+    NETWORKS                                        which of `Network` it can give; all, where it says nothing
     make(spec: SandboxSpec) -> Sandbox              starts nothing; raises `ConfigError`
     async reap(handle: Mapping[str, Any]) -> None   gives back what `Sandbox.start` returned, or would have; idempotent
     async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
@@ -20,7 +21,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import attrs
 
@@ -83,12 +84,19 @@ class SandboxSpec:
     lost: Callable[[str], None] = _unheard
 
 
-def check_sandbox(wanted: str | Sandbox | ExecSandbox | Callable[..., Sandbox], options: Mapping[str, str]) -> None:
-    """Raise `ConfigError` when a config names a sandbox, or an option of one, that there is not."""
+def check_sandbox(
+    wanted: str | Sandbox | ExecSandbox | Callable[..., Sandbox],
+    options: Mapping[str, str],
+    network: Network = "gateway-only",
+) -> None:
+    """Raise `ConfigError` when a config names a sandbox, an option or a network of one, that there is not."""
     if isinstance(wanted, str) and ":" in wanted:
         _imported(wanted)
     elif isinstance(wanted, str):
-        known = _kind(wanted).OPTIONS
+        kind = _kind(wanted)
+        known, networks = kind.OPTIONS, getattr(kind, "NETWORKS", get_args(Network))
+        if network not in networks:
+            raise ConfigError(f"network of a {wanted} sandbox is {', '.join(networks)}, not {network!r}")
         if unknown := sorted(set(options) - set(known)):
             has = ", ".join(known) or "none"
             raise ConfigError(f"sandbox {wanted} has no option {unknown[0]!r}; it has {has}")

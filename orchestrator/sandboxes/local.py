@@ -289,8 +289,8 @@ class LocalSandbox:
         """Refuse what cannot work, before anything exists."""
         self._shared = (self.cwd, *SHARED)
         self.gateway_url = f"http://127.0.0.1:{self.gateway.port}" if self.gateway and self.network != "none" else None
-        if self.network not in {"gateway-only", "host", "none"}:
-            raise ConfigError(f"network of a local sandbox is gateway-only, host or none, not {self.network!r}")
+        if self.network not in NETWORKS:
+            raise ConfigError(f"network of a local sandbox is {', '.join(NETWORKS)}, not {self.network!r}")
         for what, path in (("cwd", self.cwd), *(("binds", inside) for _, inside in self.binds)):
             if not path.startswith("/") or posixpath.normpath(path) != path or path == "/":
                 raise ConfigError(f"{what} of a local sandbox must be a clean absolute path below /, not {path!r}")
@@ -487,6 +487,7 @@ class LocalSandbox:
 
 
 OPTIONS: Final[Mapping[str, str]] = {}
+NETWORKS: Final = ("gateway-only", "host", "none")
 LACKS: Final[frozenset[str]] = frozenset()
 
 

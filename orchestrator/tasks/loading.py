@@ -8,6 +8,7 @@ as the judge) is refused; one that only takes something from the task (a user, a
 
 from __future__ import annotations
 
+import difflib
 import posixpath
 import re
 from collections.abc import Mapping
@@ -108,8 +109,9 @@ def _benchflow(root: Path) -> Task:
     path = root / "task.md"
     text, body = documents.front_matter(files.read_text(path, root), path)
     config = documents.parse_yaml(text, path, schema.TaskMd, first_line=2)
-    if config.oracle is not None and config.solution is not None:
-        raise TaskError(f"{path}: both oracle and solution are set, which are the same; keep oracle")
+    for today, before in (("oracle", "solution"), ("sandbox", "environment")):
+        if getattr(config, today) is not None and getattr(config, before) is not None:
+            raise TaskError(f"{path}: both {today} and {before} are set, which are the same; keep {today}")
     paths = {
         key: value
         for key, value in (("verifier", config.verifier), ("oracle", config.oracle))
@@ -124,7 +126,7 @@ def _benchflow(root: Path) -> Task:
         "benchflow",
         config,
         config.verifier if isinstance(config.verifier, schema.Verifier) else schema.Verifier(),
-        config.sandbox,
+        config.sandbox or config.environment or schema.Environment(),
         config.oracle if isinstance(config.oracle, schema.Solution) else config.solution or schema.Solution(),
         verifier_folder=paths.get("verifier", ""),
         solution_folder=paths.get("oracle", ""),
@@ -135,7 +137,8 @@ def _benchflow(root: Path) -> Task:
     _refuse(source)
     prompts = _prompts(body, path, root)
     extra = {key: getattr(config, key) for key in ("agents", "scenes", "user", "benchflow", "profile", "profiles")}
-    return _task(source, prompts.pop("prompt"), path, extra | {"prompts": prompts})
+    task = _task(source, prompts.pop("prompt"), path, extra | {"prompts": prompts})
+    return attrs.evolve(task, notes=(*task.notes, *_for_nobody(prompts, config, root)))
 
 
 @attrs.frozen
@@ -157,7 +160,7 @@ class _Source:
 
     def at(self, key: str) -> str:
         """`task.toml:12: cpus`: where a key stands, be it written out or by its last name."""
-        table = "sandbox" if self.format == "benchflow" else "environment"
+        table = "sandbox" if "sandbox" in self.lines else "environment"
         dotted = next((known for known in (key, f"{table}.{key}") if known in self.lines), key)
         return f"{self.path}{documents.line_of(dotted, self.lines)}: {key}"
 
@@ -356,6 +359,24 @@ def _prompts(body: str, path: Path, root: Path) -> dict[str, str]:
     for file in sorted((root / "prompts").glob("*.md")):
         prompts[file.stem.replace(".", ":", 1)] = files.read_text(file, root).strip()
     return prompts
+
+
+def _for_nobody(prompts: Mapping[str, str], config: schema.TaskMd, root: Path) -> list[str]:
+    """Sections that name a role or a scene which the task does not have: nobody is ever asked them, as a sentence."""
+    roles = config.agents.get("roles")
+    scenes = [one.get("name") if isinstance(one, Mapping) else None for one in config.scenes]
+    known = [f"role:{name}" for name in (roles if isinstance(roles, Mapping) else ())]
+    known += [f"scene:{name or f'scene-{index}'}" for index, name in enumerate(scenes)]
+    lines = files.read_text(root / "task.md", root).split("\n")
+    notes = []
+    for key in (key for key in prompts if ":" in key and key not in known):
+        file = f"prompts/{key.replace(':', '.', 1)}.md"
+        heading = next((n for n, line in enumerate(lines, 1) if _HEADING.match(line) and line.split()[1] == key), 0)
+        where = file if (root / file).exists() else f"task.md:{heading}: ## {key}"
+        near = difflib.get_close_matches(key, known, 1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known) or 'none'}"
+        notes.append(f"{where}: the task has no {key.partition(':')[0]} of that name, so nobody is asked this; {hint}")
+    return notes
 
 
 # --- what is refused, and what is only said ------------------------------------------------------------------

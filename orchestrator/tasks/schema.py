@@ -72,7 +72,7 @@ class Agent(Section):
 
 
 class Environment(Section):
-    """`[environment]`, in `task.md`: `sandbox`."""
+    """`[environment]`, in `task.md` also `sandbox`."""
 
     build_timeout_sec: Seconds = 600.0
     docker_image: Text | None = None
@@ -129,10 +129,14 @@ class TaskToml(Common):
 
 
 class TaskMd(Common):
-    """The front matter of a `task.md`; `verifier` and `oracle` may be a path instead of a table."""
+    """The front matter of a `task.md`; `verifier` and `oracle` may be a path instead of a table.
+
+    What earlier packages call `environment` and `solution`, later ones call `sandbox` and `oracle`.
+    """
 
     verifier: Verifier | str = field(default_factory=Verifier)
-    sandbox: Environment = field(default_factory=Environment)
+    sandbox: Environment | None = None
+    environment: Environment | None = None
     oracle: Solution | str | None = None
     solution: Solution | None = None
     name: Text | None = None

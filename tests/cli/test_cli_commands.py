@@ -215,9 +215,12 @@ def test_what_may_be_a_surprise_is_a_note_and_no_error(rollout):
 def test_a_new_agent_is_valid_as_it_is(rollout, protocol, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     code, out, _ = rollout("init", "agent", f"fresh_{protocol[:3]}", "--protocol", protocol, "--json")
-    written = json.loads(out)["written"]
+    said = json.loads(out)
+    written = said["written"]
     assert code == 0
     assert written[0] == f"fresh_{protocol[:3]}.toml"
+    asked, ran = said["next"].split(" && ")  # the same as the head of the file says: with a model where one is needed
+    assert [f"#   {asked}", f"#   {ran}"] == Path(written[0]).read_text().splitlines()[1:3]
     assert rollout("validate", written[0]) == (0, f"ok     {written[0]}\n", "")
     code, _, err = rollout("init", "agent", f"fresh_{protocol[:3]}", "--protocol", protocol)
     assert code == 2

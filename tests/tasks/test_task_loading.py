@@ -115,6 +115,26 @@ def test_a_task_without_limits_says_none_of_them(tmp_path):
     assert (task.name, task.solution) == ("t", None)
 
 
+@pytest.mark.parametrize("table", ["environment", "sandbox"])
+def test_a_task_md_calls_its_sandbox_by_the_earlier_or_the_later_name(tmp_path, table):
+    """BenchFlow renamed the table; packages of both kinds are about."""
+    task = load_task(benchflow(tmp_path / "t", keys=f"{table}: {{cpus: 1}}\n"))
+    assert (task.limits.cpus, task.notes) == (1.0, ())
+
+
+def test_a_section_that_is_for_nobody_is_told_with_its_line(tmp_path):
+    """A misspelt role would silently be asked something else."""
+    body = (
+        "---\nagents: {roles: {coder: {agent: scripted}}}\nscenes: [{name: work, roles: [coder]}]\n---\n\n"
+        "Do it.\n\n## role:codr\nSlowly.\n\n## scene:work\nNow.\n"
+    )
+    task = load_task(benchflow(tmp_path / "t", body=body, prompts__scene_dot_wrok_dot_md="Then."))
+    assert task.notes == (
+        "task.md:8: ## role:codr: the task has no role of that name, so nobody is asked this; did you mean role:coder?",
+        "prompts/scene.wrok.md: the task has no scene of that name, so nobody is asked this; did you mean scene:work?",
+    )
+
+
 @pytest.mark.parametrize(("allow", "mode"), [("true", "public"), ("false", "no-network")])
 def test_the_older_allow_internet_is_understood(tmp_path, allow, mode):
     """Real datasets still use the deprecated key."""
@@ -317,7 +337,9 @@ def test_a_task_that_gives_its_agent_a_past_is_refused(tmp_path):
             "---\nagent:\n  timeout_sec: 1\n  timeout_sec: 2\n---\nx\n",
             "task.md:4: agent.timeout_sec is set twice, first in line 3",
         ),
-        ("---\nenvironment: {}\n---\nx\n", "task.md:2: environment is no key of this format; did you mean sandbox?"),
+        ("---\nsandbox: {}\nenvironment: {}\n---\nx\n", "task.md: both sandbox and environment are set"),
+        ("---\nenvironment:\n  cpu: 1\n---\nx\n", "task.md:3: environment.cpu is no key of this format; did you mean"),
+        ("---\nenvironment:\n  workdir: a\n---\nx\n", "task.md:3: workdir: expected an absolute path, found 'a'"),
         ("---\nsandbox:\n  cpu: 1\n---\nx\n", "task.md:3: sandbox.cpu is no key of this format; did you mean cpus?"),
         (
             "---\nverifier:\n  timeout: 1\n---\nx\n",
