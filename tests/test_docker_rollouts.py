@@ -69,7 +69,7 @@ def test_the_demo_task_is_sound_in_docker(tmp_path, docker_image, agent, reward,
     """The oracle gets all and noop nothing, on an image with and one without Python."""
     result = play(agent, out=tmp_path, image_map={"debian:stable-slim": docker_image(image)})
     assert (result.state, result.reward) == ("closed/rewarded", reward), (result.verdict, result.errors)
-    assert any(f"the local image {image} stands for debian:stable-slim" in note for note in result.notes)
+    assert any(f"the image {image} stands for debian:stable-slim" in note for note in result.notes)
     assert left_by(Path(result.folder)) == 404
 
 
@@ -163,7 +163,7 @@ def test_benchflows_own_hello_world_runs_as_it_is(tmp_path, hello_world, agent, 
     if any("apt-get" in error["message"] for error in result.errors):
         pytest.skip("its Dockerfile installs a Debian package, and no mirror is within reach")
     assert (result.state, result.reward) == ("closed/rewarded", reward), (result.verdict, result.errors)
-    assert f"the local image {DEBIAN} stands for ubuntu:24.04 (image map)" in result.notes
+    assert f"the image {DEBIAN} stands for ubuntu:24.04 (image map)" in result.notes
 
 
 # --- the orchestrator is killed ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -27,18 +27,13 @@ import attrs
 
 from orchestrator.install import cache_root, locked
 from orchestrator.sandboxes._docker_engine import Engine, EngineError, docker_config
+from orchestrator.sandboxes._image_map import Note, map_bases, mapped
 from states.errors import ConfigError, SandboxError
 
 DOCKERFILE: Final = "Dockerfile"
 REPOSITORY: Final = "rollout-orchestrator"
 TAIL_LINES: Final = 25
 """How much of a build's log goes into an error."""
-
-_FROM = re.compile(r"^(\s*FROM\s+(?:--\S+\s+)*)(\S+)(.*)$", re.IGNORECASE)
-_STAGE = re.compile(r"\s+AS\s+(\S+)\s*$", re.IGNORECASE)
-_ARG = re.compile(r"^\s*ARG\s+([A-Za-z_]\w*)=(\S*)\s*$", re.IGNORECASE)
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
-Note = Callable[[str], None]
 
 
 @attrs.frozen
@@ -96,31 +91,6 @@ def _tell(notes: list[str], note: Note) -> None:
     """Notes are told by the loop, not by the thread that reads files."""
     for text in dict.fromkeys(notes):
         note(text)
-
-
-def mapped(image: str, image_map: Mapping[str, str], note: Note) -> str:
-    """The image that is to be used for `image`; `note` is told when that is another one.
-
-    >>> mapped("docker.io/library/debian", {"debian:latest": "mine"}, print)
-    the local image mine stands for docker.io/library/debian (image map)
-    'mine'
-    """
-    for name, local in image_map.items():
-        if canonical(name) == canonical(image):
-            note(f"the local image {local} stands for {image} (image map)")
-            return local
-    return image
-
-
-def canonical(image: str) -> str:
-    """One of the names of an image: without the registry that is meant anyway, with its tag.
-
-    >>> canonical("docker.io/library/debian"), canonical("ghcr.io/a/b@sha256:1")
-    ('debian:latest', 'ghcr.io/a/b@sha256:1')
-    """
-    for prefix in ("docker.io/", "index.docker.io/", "library/"):
-        image = image.removeprefix(prefix)
-    return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
 
 
 async def _inspected(engine: Engine, name: str) -> Image | None:
@@ -243,30 +213,6 @@ def read_build(folder: Path, image_map: Mapping[str, str], note: Note) -> Build:
         raise SandboxError(f"the image of {folder} cannot be built: {exc}") from exc
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().parent.name.lower()).strip("-") or "task"
     return Build(folder, dockerfile, bases, files, f"{REPOSITORY}/{name}:{digest.hexdigest()[:16]}")
-
-
-def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str, tuple[str, ...]]:
-    """A Dockerfile with the images of its FROM lines mapped, and these images.
-
-    >>> map_bases("FROM debian:12 AS base", {"debian:12": "mine"}, lambda said: None)
-    ('FROM mine AS base', ('mine',))
-    """
-    arguments: dict[str, str] = {}
-    stages: set[str] = {"scratch"}
-    bases: list[str] = []
-    lines = text.split("\n")
-    for number, line in enumerate(lines):
-        if found := _ARG.match(line):
-            arguments.setdefault(found[1], found[2].strip("\"'"))
-        if not (found := _FROM.match(line)):
-            continue
-        image = _VARIABLE.sub(lambda name: arguments.get(name[1], name[0]), found[2])
-        if image not in stages:
-            bases.append(mapped(image, image_map, note))
-            lines[number] = f"{found[1]}{bases[-1] if bases[-1] != image else found[2]}{found[3]}"
-        if alias := _STAGE.search(found[3]):
-            stages.add(alias[1])
-    return "\n".join(lines), tuple(dict.fromkeys(bases))
 
 
 def _file_digest(path: Path) -> bytes:

@@ -33,7 +33,6 @@ import importlib.util
 import math
 import os
 import posixpath
-import re
 import secrets
 import shutil
 import socket
@@ -49,6 +48,7 @@ import attrs
 from orchestrator.sandboxes import SandboxSpec, _archives
 from orchestrator.sandboxes._daytona_channel import LINE_KINDS, Channel
 from orchestrator.sandboxes._daytona_service import LABEL, MADE_BY, Box, Gone, Service, inside_files, shell_words
+from orchestrator.sandboxes._image_map import map_bases, mapped
 from orchestrator.sandboxes._names import file_name
 from orchestrator.sandboxes.inside import keeper
 from states.errors import ConfigError, ExecTimeout, HandleRevoked, QuietError, SandboxError
@@ -364,7 +364,7 @@ class DaytonaSandbox:
             recipe.close()
         box.python = self.spec.options.get("python", "python3")
         box.lost = self.spec.lost
-        for note in recipe.notes:
+        for note in dict.fromkeys(recipe.notes):
             self.spec.note(note)
         return box
 
@@ -510,7 +510,7 @@ class _Recipe:
             if spec.cpus or spec.memory_mb or spec.storage_mb or spec.gpus:
                 recipe.notes.append("a snapshot has its own resources: the limits that were asked for are not set")
         elif spec.image:
-            recipe.image = recipe._mapped(spec.image)
+            recipe.image = mapped(spec.image, spec.image_map, recipe.notes.append)
         elif spec.build:
             try:
                 recipe.image = sdk().Image.from_dockerfile(recipe._dockerfile(spec.build))
@@ -524,27 +524,17 @@ class _Recipe:
             recipe.notes.append("Daytona has no limit on processes: the one that was asked for is not set")
         return recipe
 
-    def _mapped(self, image: str) -> str:
-        other = self.spec.image_map.get(image)
-        if other is None:
-            return image
-        self.notes.append(f"image {image} was replaced by {other}")
-        return other
-
     def _dockerfile(self, build: Path) -> str:
         """The Dockerfile, or a copy of its folder in which images are replaced."""
         text = (build / "Dockerfile").read_text(encoding="utf-8", errors="surrogateescape")
-        known = "|".join(re.escape(image) for image in self.spec.image_map)
-        if not known or not (found := re.findall(rf"(?mi)^\s*FROM\s+(?:--\S+\s+)*({known})(?=\s|$)", text)):
+        changed, _ = map_bases(text, self.spec.image_map, self.notes.append)
+        if changed == text:
             return str(build / "Dockerfile")
-        for image in dict.fromkeys(found):
-            other = self._mapped(image)
-            text = re.sub(rf"(?mi)^(\s*FROM\s+(?:--\S+\s+)*){re.escape(image)}(?=\s|$)", rf"\g<1>{other}", text)
         self._folder = tempfile.TemporaryDirectory(prefix="rollout-build-")
         place = Path(self._folder.name, "build")
         shutil.copytree(build, place, symlinks=True, copy_function=_linked)
         (place / "Dockerfile").unlink()
-        (place / "Dockerfile").write_text(text, encoding="utf-8", errors="surrogateescape")
+        (place / "Dockerfile").write_text(changed, encoding="utf-8", errors="surrogateescape")
         return str(place / "Dockerfile")
 
     def params(self) -> Any:

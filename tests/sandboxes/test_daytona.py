@@ -138,7 +138,7 @@ async def test_an_image_comes_with_resources_in_whole_units(loopback, up):
     (body,) = loopback.server.created
     assert (body["cpu"], body["memory"], body["disk"]) == (2, 2, 10)
     assert body["buildInfo"]["dockerfileContent"].startswith("FROM debian:12")
-    assert loopback.notes[0] == "image example.org/base:1 was replaced by debian:12"
+    assert loopback.notes[0] == "the image debian:12 stands for example.org/base:1 (image map)"
     assert "no limit on processes" in loopback.notes[1]
 
 
@@ -155,7 +155,8 @@ async def test_a_dockerfile_is_built_with_its_files_and_an_image_may_stand_for_i
     (tmp_path / "data").mkdir()
     (tmp_path / "data/table.csv").write_text("1,2\n")
     lines = [
-        "FROM example.org/base:1 AS built",
+        "ARG BASE=example.org/base:1",
+        "FROM ${BASE} AS built",
         "ENV WHO=me",
         "WORKDIR /app",
         "COPY data data",
@@ -165,8 +166,8 @@ async def test_a_dockerfile_is_built_with_its_files_and_an_image_may_stand_for_i
     sandbox, handle = await up(build=tmp_path, image_map={"example.org/base:1": "debian:12"})
     assert await output(handle, "cat data/table.csv lines; echo $WHO") == "1,2\n1\nme\n"
     assert sandbox.has_environment
-    assert "image example.org/base:1 was replaced by debian:12" in loopback.notes
-    assert (tmp_path / "Dockerfile").read_text().startswith("FROM example.org/base:1")
+    assert "the image debian:12 stands for example.org/base:1 (image map)" in loopback.notes
+    assert (tmp_path / "Dockerfile").read_text().startswith("ARG BASE=example.org/base:1\nFROM ${BASE}")
 
 
 @pytest.mark.parametrize(

@@ -615,7 +615,7 @@ async def test_a_base_image_is_mapped_and_the_result_says_so(box, tmp_path):
     notes: list[str] = []
     images = {"registry.invalid/base:1": DEBIAN}
     await box(build=folder, image_map=images, note=notes.append).start()
-    assert f"the local image {DEBIAN} stands for registry.invalid/base:1 (image map)" in notes
+    assert f"the image {DEBIAN} stands for registry.invalid/base:1 (image map)" in notes
     await box(image="registry.invalid/base:1", image_map=images).start()
     with pytest.raises(SandboxError, match=r"image registry.invalid/base:1 is not here and cannot be pulled"):
         await box(build=folder).start()
