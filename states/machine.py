@@ -19,7 +19,7 @@ swallows cancellation after the model has moved, and a machine per rollout costs
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import attrs
@@ -431,8 +431,29 @@ class _Cursor:
     rules: Rules
 
 
+class _State(transitions.State):
+    """A state without callbacks of its own."""
+
+    def enter(self, event_data: transitions.EventData) -> None:
+        """Nothing; the library would log that."""
+
+    def exit(self, event_data: transitions.EventData) -> None:
+        """Nothing; the library would log that."""
+
+
+class _Machine(transitions.Machine):
+    """The library's machine, silent: moves are told by the journal, and whose program it is owns the logging."""
+
+    state_cls = _State
+
+    def callbacks(self, funcs: Iterable[Any], event_data: transitions.EventData) -> None:
+        """Call them. The library would log each, at INFO: thirty lines a rollout in a program that logs at that level."""
+        for func in funcs:
+            func(event_data)
+
+
 def _build() -> transitions.Machine:
-    machine = transitions.Machine(
+    machine = _Machine(
         model=None,
         states=list(STATES),
         initial=INITIAL,

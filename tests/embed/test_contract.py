@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -83,6 +84,13 @@ async def test_five_hundred_rollouts_in_a_hosts_loop_all_end_as_they_should():
             tasks.start_soon(rollout.run)
     assert {rollout.state for rollout in made} == {"closed/unverified"}
     assert len({rollout.id for rollout in made}) == 500
+
+
+def test_a_program_that_logs_at_info_hears_nothing_of_a_rollout(caplog):
+    """The journal tells what moves; a host's log is the host's, whatever level it has."""
+    with caplog.at_level(logging.INFO):
+        assert run_sync(speaking("hello")).state == "closed/unverified"
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 @pytest.mark.anyio
