@@ -447,7 +447,7 @@ class _Machine(transitions.Machine):
     state_cls = _State
 
     def callbacks(self, funcs: Iterable[Any], event_data: transitions.EventData) -> None:
-        """Call them. The library would log each, at INFO: thirty lines a rollout in a program that logs at that level."""
+        """Call them. The library would log each at INFO: thirty lines a rollout, where a program logs at that level."""
         for func in funcs:
             func(event_data)
 
