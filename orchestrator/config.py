@@ -5,7 +5,6 @@ Everything that can be wrong is found here, before a sandbox exists, as one clea
 
 from __future__ import annotations
 
-import math
 import re
 import time
 import uuid
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args
 import anyio
 import attrs
 
+from orchestrator._words import shown
 from orchestrator.budgets import Budgets, Limits
 from orchestrator.journal import Sink
 from orchestrator.questions import ANSWER_SEC, Policy
@@ -64,9 +64,77 @@ def _reach(_instance: Any, _attribute: Any, value: str) -> None:
         raise ConfigError(f"gateway_reach is auto, relay, none, or the URL of the gateway (http://...), not {value!r}")
 
 
-def _safe(_instance: Any, _attribute: Any, value: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+def _a(what: str, *kinds: type) -> Callable[[Any, Any, Any], None]:
+    """Demands one of these kinds, which are `what` in words."""
+
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{type(instance).__name__}: {attribute.name} must be {what}, not {shown(value)}")
+
+    return check
+
+
+def _several(what: str, fits: Callable[[Any], bool]) -> Callable[[Any, Any, Any], None]:
+    """Demands a tuple (or list) whose members all fit; `what` says how one is written."""
+
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        name = f"{type(instance).__name__}: {attribute.name}"
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{name} must be a tuple, such as ({what},), not {shown(value)}")
+        if wrong := [each for each in value if not fits(each)]:
+            raise ConfigError(f"{name} holds {shown(wrong[0])}; each must be like {what}")
+
+    return check
+
+
+def _with(*methods: str) -> Callable[[Any, Any, Any], None]:
+    """Demands an object that has these methods, where one is brought."""
+
+    def check(instance: Any, attribute: Any, value: Any) -> None:
+        if value is None or (isinstance(value, str) and value == attribute.default):
+            return
+        name, wanted = f"{type(instance).__name__}: {attribute.name}", " and ".join(f"{name}()" for name in methods)
+        if isinstance(value, type):
+            raise ConfigError(f"{name} must be an object with {wanted}, not the class {value.__name__} itself")
+        if lacks := [method for method in methods if not callable(getattr(value, method, None))]:
+            raise ConfigError(f"{name} must be an object with {wanted}; {shown(value)} lacks {', '.join(lacks)}")
+
+    return check
+
+
+def _callable(instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise ConfigError(f"{type(instance).__name__}: {attribute.name} must be a function, not {shown(value)}")
+
+
+def _director(_instance: Any, _attribute: Any, value: Any) -> None:
+    fits = value is None or isinstance(value, str | DirectorRole) or (callable(value) and not isinstance(value, type))
+    if not fits:
+        kinds = "a function of the story, a DirectorRole, or the name of a role of the scene"
+        raise ConfigError(f"RolloutConfig: director must be {kinds}, not {shown(value)}")
+
+
+def _budgets(given: Any) -> Budgets:
+    """Budgets as they are, or from a mapping such as `{"tokens": 1000}`."""
+    if isinstance(given, Mapping):
+        return Budgets.of(given)
+    if not isinstance(given, Budgets):
+        raise ConfigError(f"budgets must be Budgets(...) or a mapping such as {{'tokens': 1000}}, not {shown(given)}")
+    return given
+
+
+def _safe(_instance: Any, _attribute: Any, value: Any) -> None:
+    if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value)):
         raise ConfigError(f"a role's name is letters, digits, '_', '.' and '-', not {value!r}: folders are named by it")
+
+
+_AGENT = _a("the name of an agent, or an AgentConfig", str, AgentConfig)
+_MAPPING = _a("a mapping of names to values", Mapping)
+_TEXT = _a("text", str, type(None))
+
+
+def _count(env: Any) -> str:
+    return f"<{len(env)} variables>"
 
 
 @attrs.frozen
@@ -81,12 +149,12 @@ class Role:
     """
 
     name: str = attrs.field(validator=_safe)
-    agent: str | AgentConfig
+    agent: str | AgentConfig = attrs.field(validator=_AGENT)
     model: str = ""
-    env: Mapping[str, str] = attrs.field(factory=dict, repr=lambda env: f"<{len(env)} variables>")
+    env: Mapping[str, str] = attrs.field(factory=dict, validator=_MAPPING, repr=_count)
     turn_sec: float | None = attrs.field(default=None, validator=_seconds)
     idle_sec: float | None = attrs.field(default=None, validator=_seconds)
-    budgets: Budgets = Budgets()
+    budgets: Budgets = attrs.field(default=Budgets(), converter=_budgets)
 
 
 def _one_turn(_instance: Any, _attribute: Any, budgets: Budgets) -> None:
@@ -103,8 +171,8 @@ class Turn:
     """
 
     role: str
-    prompt: str | None = None
-    budgets: Budgets = attrs.field(default=Budgets(), validator=_one_turn)
+    prompt: str | None = attrs.field(default=None, validator=_TEXT)
+    budgets: Budgets = attrs.field(default=Budgets(), converter=_budgets, validator=_one_turn)
 
 
 @attrs.frozen
@@ -117,9 +185,13 @@ class Scene:
     (Turn(role='agent', prompt=None, budgets=Budgets()),)
     """
 
-    roles: tuple[Role, ...]
-    turns: tuple[Turn, ...] = ()
-    budgets: Budgets = Budgets()
+    roles: tuple[Role, ...] = attrs.field(
+        validator=_several('Role("coder", "codex-acp")', lambda r: isinstance(r, Role))
+    )
+    turns: tuple[Turn, ...] = attrs.field(
+        default=(), validator=_several('Turn("coder")', lambda turn: isinstance(turn, Turn))
+    )
+    budgets: Budgets = attrs.field(default=Budgets(), converter=_budgets)
 
     def __attrs_post_init__(self) -> None:
         names = [role.name for role in self.roles]
@@ -155,7 +227,7 @@ class DirectorRole:
     6
     """
 
-    role: Role
+    role: Role = attrs.field(validator=_a("a Role", Role))
     brief: str = attrs.field(default="", repr=lambda brief: f"<{len(brief)} characters>")
     limit: int | None = attrs.field(default=None, validator=attrs.validators.optional(_at_least(1)))
     checks: int = attrs.field(default=0, validator=_at_least(0))
@@ -228,15 +300,15 @@ class RolloutConfig:
     """
 
     task: Any = None
-    prompt: str | None = None
-    scene: Scene | None = None
-    agent: str | AgentConfig | None = None
+    prompt: str | None = attrs.field(default=None, validator=_TEXT)
+    scene: Scene | None = attrs.field(default=None, validator=_a("a Scene", Scene, type(None)))
+    agent: str | AgentConfig | None = attrs.field(default=None, validator=attrs.validators.optional(_AGENT))
     model: str = ""
-    env: Mapping[str, str] = attrs.field(factory=dict, repr=lambda env: f"<{len(env)} variables>")
+    env: Mapping[str, str] = attrs.field(factory=dict, validator=_MAPPING, repr=_count)
     sandbox: str | Sandbox | ExecSandbox | Callable[..., Sandbox] = "local"
-    sandbox_options: Mapping[str, str] = attrs.field(factory=dict)
+    sandbox_options: Mapping[str, str] = attrs.field(factory=dict, validator=_MAPPING)
     image: str | None = None
-    image_map: Mapping[str, str] = attrs.field(factory=dict)
+    image_map: Mapping[str, str] = attrs.field(factory=dict, validator=_MAPPING)
     network: Network = attrs.field(default="gateway-only", validator=_one_of(*get_args(Network)))
     keep_sandbox: Keep = attrs.field(default="never", validator=_one_of("never", "on-failure", "always"))
     out: Path | None = attrs.field(default=Path("runs"), converter=attrs.converters.optional(Path))
@@ -248,23 +320,23 @@ class RolloutConfig:
     timeout: float | None = attrs.field(default=None, validator=_seconds)
     turn_sec: float | None = attrs.field(default=None, validator=_seconds)
     idle_sec: float | None = attrs.field(default=None, validator=_seconds)
-    deadlines: Mapping[str, float] = attrs.field(factory=dict)
-    budgets: Budgets = attrs.field(default=Budgets(), validator=_no_second_timeout)
-    verifier: Verifier | Literal["task"] | None = "task"
+    deadlines: Mapping[str, float] = attrs.field(factory=dict, validator=_MAPPING)
+    budgets: Budgets = attrs.field(default=Budgets(), converter=_budgets, validator=_no_second_timeout)
+    verifier: Verifier | Literal["task"] | None = attrs.field(default="task", validator=_with("verify"))
     policy: Policy = attrs.field(default="allow", validator=_one_of("allow", "deny", "ask"))
-    on_ask_user: AskHandler | None = None
-    terminal: Callable[[AskUserRequest], str] | None = None
+    on_ask_user: AskHandler | None = attrs.field(default=None, validator=_callable)
+    terminal: Callable[[AskUserRequest], str] | None = attrs.field(default=None, validator=_callable)
     answer_sec: float | None = attrs.field(default=ANSWER_SEC, validator=_seconds)
-    hooks: tuple[Hook, ...] = ()
-    plan: Plan | None = None
-    director: Callable[..., Any] | DirectorRole | str | None = None
+    hooks: tuple[Hook, ...] = attrs.field(default=(), validator=_several("on_transition", callable))
+    plan: Plan | None = attrs.field(default=None, validator=_with("next"))
+    director: Callable[..., Any] | DirectorRole | str | None = attrs.field(default=None, validator=_director)
     max_turns: int = attrs.field(default=200, validator=_at_least(1))
     max_checks: int = attrs.field(default=50, validator=_at_least(0))
-    journal: Sink | None = None
-    registry: Registry = attrs.field(factory=default_registry)
+    journal: Sink | None = attrs.field(default=None, validator=_with("write", "close"))
+    registry: Registry = attrs.field(factory=default_registry, validator=_a("a Registry", Registry), repr=False)
     max_connects: int = attrs.field(default=2, validator=_at_least(1))
     max_verifies: int = attrs.field(default=2, validator=_at_least(1))
-    made_from: Mapping[str, Any] = attrs.field(factory=dict)
+    made_from: Mapping[str, Any] = attrs.field(factory=dict, validator=_MAPPING, repr=False)
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = anyio.current_time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex[:12]
@@ -281,10 +353,11 @@ class RolloutConfig:
         if "://" in self.gateway_reach and self.gateway is None and not self.gateway_port:
             raise ConfigError(f"what answers at {self.gateway_reach} must know where the gateway is: give gateway_port")
         self._check_director()
-        for state, seconds in self.deadlines.items():
+        given: Mapping[str, Any] = self.deadlines
+        for state, seconds in given.items():
             if state not in DEADLINES:
                 raise ConfigError(f"deadlines: no state is called {state!r}; known are {', '.join(DEADLINES)}")
-            if not seconds > 0 or math.isnan(seconds):
+            if not (isinstance(seconds, int | float) and seconds > 0):
                 raise ConfigError(f"deadlines: {state} must be seconds > 0, not {seconds!r}")
         if (
             self.task is None
@@ -294,18 +367,17 @@ class RolloutConfig:
             raise ConfigError("nothing to ask: give a task, or a prompt")
 
     def _check_director(self) -> None:
-        if self.scene is None:
-            return
-        if not self.scene.turns and self.director is None and self.plan is None:
+        scene = self.scene or self.the_scene()
+        if not scene.turns and self.director is None and self.plan is None:
             raise ConfigError("a scene needs at least one turn, or a director that leads it")
-        names = [role.name for role in self.scene.roles]
+        names = [role.name for role in scene.roles]
         if isinstance(self.director, str):
             if self.director not in names or len(names) == 1:
                 raise ConfigError(
                     f"the director {self.director!r} must be one of the scene's roles, beside one that works; "
                     f"it has {', '.join(names)}"
                 )
-            if any(turn.role == self.director for turn in self.scene.turns):
+            if any(turn.role == self.director for turn in scene.turns):
                 raise ConfigError(f"the director {self.director!r} takes no turns: it decides them")
         if isinstance(self.director, DirectorRole) and self.director.role.name in names:
             raise ConfigError(f"two roles of the scene are called {self.director.role.name!r}, one is the director")

@@ -24,6 +24,7 @@ from typing import Any, Final, overload
 
 import attrs
 
+from orchestrator._words import shown
 from orchestrator.budgets import Limits
 from orchestrator.config import DirectorRole, Role, Turn
 from orchestrator.registry import AgentConfig
@@ -205,11 +206,18 @@ def scripted_user(role: str, lines: Sequence[str | None]) -> Director:
     return user
 
 
+def _check_limit(name: str, limit: object) -> None:
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ConfigError(f"{name}: limit must be a whole number, 1 or more, not {shown(limit)}")
+
+
 def until_verified(role: str, *, limit: int = 3, enough: float = 1.0) -> Director:
     """Let `role` try again, told what the check said, until it gives `enough` or `limit` turns are taken.
 
     What the check says is feedback; the reward is given at the end, on a dead scene, like any other.
+    Raises `ConfigError` for a `limit` below 1.
     """
+    _check_limit("until_verified", limit)
 
     def retry(story: Story) -> Decision:
         if not story.turns:
@@ -226,7 +234,11 @@ def until_verified(role: str, *, limit: int = 3, enough: float = 1.0) -> Directo
 
 
 def until_approved(worker: str, reviewer: str, *, approval: str = "APPROVED", limit: int = 3) -> Director:
-    """`worker` works, `reviewer` reviews; until the reviewer says `approval`, or `limit` reviews are over."""
+    """`worker` works, `reviewer` reviews; until the reviewer says `approval`, or `limit` reviews are over.
+
+    Raises `ConfigError` for a `limit` below 1.
+    """
+    _check_limit("until_approved", limit)
 
     def review(story: Story) -> Decision:
         if not story.turns:

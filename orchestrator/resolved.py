@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from orchestrator import metering
+from orchestrator._words import shown
 from orchestrator.budgets import Limits
 from orchestrator.config import DirectorRole, RolloutConfig, Scene, Turn
 from orchestrator.directing import check_agent_of
@@ -131,11 +132,16 @@ def _check_director(config: RolloutConfig, led: DirectorRole, member: Cast, trac
 
 
 def _task(config: RolloutConfig) -> Any:
-    if not isinstance(config.task, str | Path):
-        return config.task
+    if config.task is None:
+        return None
     from orchestrator.tasks.loading import load_task
+    from orchestrator.tasks.task import Task
 
-    return load_task(config.task)
+    if isinstance(config.task, str | Path):
+        return load_task(config.task)
+    if not isinstance(config.task, Task):
+        raise ConfigError(f"RolloutConfig: task must be a task's folder, a Task or None, not {shown(config.task)}")
+    return config.task
 
 
 def _cast(config: RolloutConfig, role: Any, task: Any) -> Cast:

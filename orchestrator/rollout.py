@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ import anyio.lowlevel
 import attrs
 
 from orchestrator._tasks import Detached
+from orchestrator._words import traced
 from orchestrator.config import Hook, RolloutConfig
 from orchestrator.directors import Story
 from orchestrator.journal import JournalWriter
@@ -74,7 +74,7 @@ HANDLERS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@attrs.define(eq=False, init=False)
+@attrs.define(eq=False, init=False, repr=False)
 class Rollout:
     """One rollout. Made on no loop, run on asyncio or trio, once.
 
@@ -131,6 +131,9 @@ class Rollout:
         return rollout
 
     # --- reading ---
+
+    def __repr__(self) -> str:
+        return f"<Rollout {self.id}: {self.state}>"
 
     @property
     def state(self) -> str:
@@ -297,7 +300,7 @@ class Rollout:
 
     def _crashed(self, state: str, error: Exception, deadline: Deadline) -> Event:
         if not isinstance(error, OrchestratorError):
-            self._world.note("".join(traceback.format_exception(error)))
+            self._world.note(traced(error))
         return crashed(state, Failure.of(error), deadline)
 
     def _fire(self, event: Event, cause: Cause) -> Transition:
@@ -444,8 +447,7 @@ def run_sync(config: RolloutConfig, *, backend: str = "asyncio") -> RolloutResul
     """
     if backend not in anyio.get_all_backends() or importlib.util.find_spec(backend) is None:
         raise ConfigError(f"no backend {backend!r} here: there is asyncio, and trio where that is installed")
-    try:
+    with contextlib.suppress(RuntimeError):  # no loop runs in this thread, as it should be
         anyio.get_current_task()
-    except RuntimeError:  # no loop runs in this thread, as it should be
-        return anyio.run(Rollout(config).run, backend=backend)
-    raise ConfigError("a loop runs here already: await Rollout(config).run() instead of run_sync")
+        raise ConfigError("a loop runs here already: await Rollout(config).run() instead of run_sync")
+    return anyio.run(Rollout(config).run, backend=backend)

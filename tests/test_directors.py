@@ -10,6 +10,7 @@ from harness import TRANSPORTS, FakeVerifier, assert_sound, build, trace
 from orchestrator import ConfigError, Role, RolloutConfig, Scene, Turn, directors
 from orchestrator.capture import Trajectory
 from orchestrator.directors import CHECK, scripted_user, until_approved, until_verified
+from orchestrator.plans import FixedPlan
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -176,4 +177,4 @@ def test_a_plan_and_a_director_exclude_each_other():
     """One clear error, before anything exists."""
     scene = Scene((Role("agent", "noop"),), (Turn("agent"),))
     with pytest.raises(ConfigError, match="either a plan or a director"):
-        RolloutConfig(prompt="x", scene=scene, plan=object(), director=lambda _story: None)
+        RolloutConfig(prompt="x", scene=scene, plan=FixedPlan((), "x"), director=lambda _story: None)

@@ -6,9 +6,11 @@ import attrs
 import pytest
 from harness import TRANSPORTS, build
 
-from orchestrator import ConfigError, MissingExtra, Rollout, RolloutConfig
+from orchestrator import Budgets, ConfigError, DirectorRole, MissingExtra, Role, Rollout, RolloutConfig, Scene, Turn
+from orchestrator.directors import until_approved, until_verified
 from orchestrator.metering import SOCKET, SOCKET_FOLDER, remove_socket
 from orchestrator.registry import default_registry
+from orchestrator.sandboxes.fake import FakeSandbox
 from states.errors import ConfigError as StatesConfigError
 from states.events import Failure
 
@@ -86,3 +88,136 @@ async def test_a_stopped_rollout_can_be_detached_with_its_leases_held(transport)
     stand.rollout.cancel()
     await stand.rollout._cancel_and_close()
     assert stand.rollout.state == "closed/cancelled"
+
+
+# --- what is brought is looked at before anything starts ---------------------------------------------------------
+
+
+class Bare:
+    """A sandbox of a user's own that can do what it has to."""
+
+    async def start(self): ...
+    async def exec(self, command, *, timeout_sec=None): ...
+    async def upload(self, source, target): ...
+    async def download(self, source, target): ...
+
+
+class Handles(Bare):
+    """One that wants to be a whole `Sandbox`, and is not."""
+
+    def handle(self, name, *, trusted=False): ...
+
+
+class Scores:
+    """A verifier."""
+
+    async def verify(self): ...
+
+
+def a_function(*_given): ...
+
+
+def without_arguments(): ...
+
+
+class HalfASandbox:
+    """It starts, and that is all."""
+
+    async def start(self): ...
+
+
+BAD = [
+    ({"director": "boss"}, "the director 'boss' must be one of the scene's roles, beside one that works; it has agent"),
+    ({"director": "agent"}, "the director 'agent' must be one of the scene's roles, beside one that works"),
+    ({"director": 5}, "director must be a function of the story, a DirectorRole, or the name of a role .*, not 5"),
+    ({"director": Scores}, "director must be a function .*, not the class Scores"),
+    ({"director": DirectorRole(Role("agent", "model-user"))}, "two roles of the scene are called 'agent'"),
+    ({"sandbox": 5}, "sandbox must be a kind, module:Class, or an object with start, exec.*; 5 lacks start"),
+    ({"sandbox": None}, "sandbox must be a kind, .*; None lacks start"),
+    ({"sandbox": object()}, "sandbox must be a kind, .*; an object lacks start, exec, upload, download"),
+    ({"sandbox": HalfASandbox()}, "sandbox must be .*; a HalfASandbox lacks exec, upload, download"),
+    (
+        {"sandbox": Handles()},
+        "sandbox must be a Sandbox; a Handles lacks stop, name, cwd, gateway_url, has_environment",
+    ),
+    ({"sandbox": FakeSandbox}, r"sandbox is the class FakeSandbox, which cannot be called with one SandboxSpec .*Fake"),
+    ({"sandbox": without_arguments}, "sandbox is the function without_arguments, which cannot be called with one"),
+    ({"verifier": 5}, r"verifier must be an object with verify\(\); 5 lacks verify"),
+    ({"verifier": "tasks"}, r"verifier must be an object with verify\(\); 'tasks' lacks verify"),
+    ({"verifier": Scores}, r"verifier must be an object with verify\(\), not the class Scores itself"),
+    ({"plan": 5}, r"plan must be an object with next\(\); 5 lacks next"),
+    ({"journal": 5}, r"journal must be an object with write\(\) and close\(\); 5 lacks write, close"),
+    ({"hooks": a_function}, r"hooks must be a tuple, such as \(on_transition,\), not the function a_function"),
+    ({"hooks": (a_function, 5)}, "hooks holds 5; each must be like on_transition"),
+    ({"on_ask_user": "yes"}, "on_ask_user must be a function, not 'yes'"),
+    ({"budgets": 4}, r"budgets must be Budgets\(...\) or a mapping such as {'tokens': 1000}, not 4"),
+    ({"budgets": {"tool_call": 4}}, "no budget is called 'tool_call'; did you mean tool_calls"),
+    ({"task": 3}, "task must be a task's folder, a Task or None, not 3"),
+    ({"prompt": 3}, "prompt must be text, not 3"),
+    ({"agent": 3}, "agent must be the name of an agent, or an AgentConfig, not 3"),
+    ({"agent": None, "scene": 3}, "scene must be a Scene, not 3"),
+    ({"env": "A=1"}, "env must be a mapping of names to values, not 'A=1'"),
+    ({"deadlines": {"executing": "1"}}, "deadlines: executing must be seconds > 0, not '1'"),
+    ({"registry": {}}, "registry must be a Registry, not a dict"),
+]
+
+
+@pytest.mark.parametrize(("setting", "sentence"), BAD)
+def test_what_is_brought_and_cannot_work_is_refused_before_there_is_a_folder(tmp_path, setting, sentence):
+    """One sentence that names the setting, what it is and what it must be; nothing is dropped in silence."""
+    usual = {"prompt": "x", "agent": "scripted", "sandbox": "fake"}
+    with pytest.raises(ConfigError, match=sentence):
+        Rollout(RolloutConfig(**{**usual, **setting, "out": tmp_path / "runs"}))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Scene((Role("a", "noop"),), ["a"]), r"Scene: turns holds 'a'; each must be like Turn\(.coder.\)"),
+        (lambda: Scene((Role("a", "noop"),), "a"), "Scene: turns must be a tuple"),
+        (lambda: Scene(("a",)), "Scene: roles holds 'a'; each must be like Role"),
+        (lambda: Role(5, "noop"), "a role's name is letters"),
+        (lambda: Role("a", 5), "Role: agent must be the name of an agent, or an AgentConfig, not 5"),
+        (lambda: Turn("a", 5), "Turn: prompt must be text, not 5"),
+        (lambda: DirectorRole("boss"), "DirectorRole: role must be a Role, not 'boss'"),
+        (lambda: until_verified("coder", limit=0), "until_verified: limit must be a whole number, 1 or more, not 0"),
+        (
+            lambda: until_approved("a", "b", limit=1.5),
+            "until_approved: limit must be a whole number, 1 or more, not 1.5",
+        ),
+    ],
+)
+def test_a_part_of_a_scene_that_is_something_else_is_refused_where_it_is_made(make, sentence):
+    """A list of names is no list of turns, and a director that may take none directs nothing."""
+    with pytest.raises(ConfigError, match=sentence):
+        make()
+
+
+def test_budgets_are_taken_as_a_mapping_too():
+    """As a task's and a scene's file write them."""
+    config = RolloutConfig(prompt="x", agent="noop", budgets={"tool_calls": 4})
+    assert config.budgets == Budgets(tool_calls=4)
+    assert Turn("a", budgets={"tokens": 7}).budgets == Budgets(tokens=7)
+
+
+@pytest.mark.parametrize("brought", [Bare(), lambda _spec: Bare(), lambda *_: Bare()])
+def test_the_least_that_a_sandbox_must_do_is_enough(brought):
+    """An object, or a function that makes one."""
+    assert Rollout(RolloutConfig(prompt="x", agent="noop", sandbox=brought, out=None)).state == "provisioning"
+
+
+@pytest.mark.anyio
+async def test_a_function_that_makes_no_sandbox_is_said_to_be_that():
+    """It is called when a sandbox is wanted, which is in the rollout: its verdict says what was made."""
+    config = RolloutConfig(prompt="x", agent="noop", sandbox=lambda _spec: 5, out=None)
+    result = await Rollout(config).run()
+    assert "what the function <lambda> made must be" in result.verdict.reason
+    assert "5 lacks start, exec, upload, download" in result.verdict.reason
+
+
+def test_a_repr_is_short():
+    """What a debugger or a failing test prints is for people: no registry, no world."""
+    config = RolloutConfig(prompt="x", agent="noop", out=None, sandbox="fake", new_id=lambda: "r1")
+    assert len(repr(config)) < 1_200
+    assert repr(Rollout(config)) == "<Rollout r1: provisioning>"

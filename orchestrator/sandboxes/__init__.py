@@ -19,12 +19,14 @@ with a `SandboxSpec`; its `reap`, an attribute of it, is called where there is o
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import attrs
 
+from orchestrator._words import shown
 from states.errors import ConfigError, MissingExtra, SandboxError
 from states.ports import ExecSandbox, Sandbox
 
@@ -100,8 +102,12 @@ def check_sandbox(
         if unknown := sorted(set(options) - set(known)):
             has = ", ".join(known) or "none"
             raise ConfigError(f"sandbox {wanted} has no option {unknown[0]!r}; it has {has}")
-    elif options and not _is_factory(wanted):
-        raise ConfigError("sandbox_options are for a sandbox that is made here, not for one that is brought")
+    elif _is_factory(wanted):
+        _check_factory(wanted)
+    else:
+        _check_brought(wanted, "RolloutConfig: sandbox")
+        if options:
+            raise ConfigError("sandbox_options are for a sandbox that is made here, not for one that is brought")
 
 
 def make_sandbox(spec: SandboxSpec) -> Sandbox:
@@ -111,6 +117,7 @@ def make_sandbox(spec: SandboxSpec) -> Sandbox:
         wanted = (_imported(wanted) if ":" in wanted else _kind(wanted).make)(spec)
     elif _is_factory(wanted):
         wanted = wanted(spec)
+    _check_brought(wanted, f"what {shown(spec.sandbox)} made")
     if _is_exec_only(wanted):
         from orchestrator.sandboxes.exec_only import ExecOnlySandbox
 
@@ -152,13 +159,43 @@ async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:
     return cast(tuple[str, ...], await _kind(kind).sweep(options))
 
 
+_EXEC_ONLY = ("start", "exec", "upload", "download")
+_WHOLE = ("start", "stop", "handle", "upload", "download", "name", "cwd", "gateway_url", "has_environment")
+
+
+def _check_brought(made: object, what: str) -> None:
+    """Raise `ConfigError` for an object that is no sandbox; says what it lacks. No property of it is read."""
+    whole = callable(getattr(made, "handle", None))
+    lacks = [
+        name for name in (_WHOLE if whole else _EXEC_ONLY) if not (hasattr(type(made), name) or hasattr(made, name))
+    ]
+    if lacks:
+        needs = "a Sandbox" if whole else "a kind, module:Class, or an object with start, exec, upload and download"
+        raise ConfigError(f"{what} must be {needs}; {shown(made)} lacks {', '.join(lacks)}")
+
+
+def _check_factory(wanted: Any) -> None:
+    """Raise `ConfigError` for a class, or a function, that cannot be called with a `SandboxSpec`."""
+    try:
+        signature = inspect.signature(wanted)
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        hint = f"; or give an object, {wanted.__name__}(...)" if isinstance(wanted, type) else ""
+        raise ConfigError(
+            f"RolloutConfig: sandbox is {shown(wanted)}, which cannot be called with one SandboxSpec ({error}){hint}"
+        ) from error
+
+
 def _is_factory(wanted: object) -> bool:
     return callable(wanted) and (isinstance(wanted, type) or not hasattr(wanted, "start"))
 
 
 def _is_exec_only(made: object) -> bool:
     """Whether it is an `ExecSandbox`: it can exec by itself, and has no handles."""
-    able = all(callable(getattr(made, name, None)) for name in ("start", "exec", "upload", "download"))
+    able = all(callable(getattr(made, name, None)) for name in _EXEC_ONLY)
     return able and not callable(getattr(made, "handle", None))
 
 
