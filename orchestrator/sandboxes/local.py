@@ -336,11 +336,10 @@ class LocalSandbox:
             await _end_what_is_left(root, self.name)
             evidence = await _in_thread(lambda: _unused(root, self.name))
             await _in_thread(self._take_over)
-            self._phase = "up"
         return (evidence,)
 
     def _take_over(self) -> None:
-        """The folders are there; what is made by each process anew is made."""
+        """Come up on folders that are there: what is made by each process anew is made."""
         self._owner = _bwrap.spare_uid(str(self.root))
         owner = os.geteuid() if self._owner is None else self._owner
         if (found := self._backing(self.cwd).stat().st_uid) != owner:
@@ -348,6 +347,7 @@ class LocalSandbox:
         own = {self._backing(at).name for at in (*self._shared, *TRUSTED)}
         self._shared += tuple(f"/{path.name}" for path in self._backing("/").iterdir() if path.name not in own)
         self._limit()
+        self._phase = "up"
 
     def _limit(self) -> None:
         self._cgroup = _limits.make_cgroup(_group_name(self.name, self.root), self.limits)
@@ -394,14 +394,6 @@ class LocalSandbox:
                     await handle.end()
                 await self._unmake()
             self._phase = "stopped"
-
-    def _reuse(self) -> None:
-        """Come up on the files of one that was kept."""
-        self._owner = _bwrap.spare_uid(str(self.root))
-        own = {self._backing(at).name for at in (*self._shared, *TRUSTED)}
-        self._shared += tuple(f"/{path.name}" for path in self._backing("/").iterdir() if path.name not in own)
-        self._fallback = _limits.fallback(self.limits, self._cgroup, own_uid=self._owner is not None)
-        self._phase = "up"
 
     async def leave(self) -> None:
         """See `Keepable.leave`."""
@@ -518,7 +510,7 @@ async def reopen(handle: Mapping[str, Any]) -> LocalSandbox:
     if not (root / MARKER).is_file():
         raise SandboxError(f"sandbox {handle['name']} is gone: there is no {root / MARKER}")
     sandbox = LocalSandbox(name=handle["name"], root=root, network="none", cwd=handle["cwd"])
-    await _in_thread(sandbox._reuse)
+    await _in_thread(sandbox._take_over)
     return sandbox
 
 

@@ -400,6 +400,14 @@ def lock(folder: str) -> None:
     fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX)
 
 
+def hold(pid: int) -> None:
+    """Keep the number of its namespace from being given to the next one while we list: until this process ends."""
+    try:
+        os.open("/proc/%d/ns/pid" % pid, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # it died meanwhile
+        pass
+
+
 def ended_token(folder: str) -> str:
     try:
         with open(folder + "/ended") as file:
@@ -425,6 +433,7 @@ def ended(asked: Dict[str, Any]) -> Answer:
         namespace = ""
     found = pid_one(handle)
     if found is not None:
+        hold(found[0])
         os.kill(found[0], signal.SIGKILL)
         until = time.monotonic() + END_SEC
         while pid_one(handle) is not None:
