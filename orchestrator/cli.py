@@ -893,9 +893,9 @@ def _nobody() -> Registry:
     return Registry()
 
 
-@cli.group(short_help="Write a new task, or a new agent's manifest.")
+@cli.group(short_help="Write a new task, an agent's manifest, or a scene.")
 def init() -> None:
-    """Write a new task, or the manifest of a new agent, with comments, to start from."""
+    """Write a new task, the manifest of a new agent, or a scene (a rollout.toml), with comments, to start from."""
 
 
 @init.command("task")
@@ -928,6 +928,17 @@ def init_agent(path: Path, *, protocol: str, as_json: bool) -> int:
     model = " --model openai/gpt-5" if protocol == "acp" else ""
     then = f"rollout validate {files[0]} && rollout run demo --agent {files[0]}{model}"
     return _written(files, then, as_json=as_json)
+
+
+@init.command("scene")
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default=Path("rollout.toml"), metavar="[FILE]")
+@json_option
+def init_scene(path: Path, *, as_json: bool) -> int:
+    """Write a scene of two roles to FILE (by default rollout.toml). As it is, it runs without a model."""
+    from orchestrator.scaffold import scaffold_scene
+
+    file = scaffold_scene(path)
+    return _written([file], f"rollout validate {file} && rollout run demo --scene {file}", as_json=as_json)
 
 
 def _written(files: Sequence[Path], then: str, *, as_json: bool) -> int:

@@ -40,6 +40,7 @@ class Answer:
     why: str = ""
 
 
+NOBODY_TO_ASK = "the policy is ask and there is no terminal to ask on: the default, allow, answered"
 UNANSWERED = Answer(None, "nobody", "not answered yet")
 
 
@@ -124,9 +125,7 @@ class _PolicyAnswers:
             return await _HandlerAnswers(self.terminal, self.limit_sec, "terminal").answer(request)
         answer = decide(request, "allow")
         why = f"{answer.why}; " if answer.why else ""
-        return attrs.evolve(
-            answer, why=f"{why}the policy is ask and there is no terminal to ask on: the default answered"
-        )
+        return attrs.evolve(answer, why=f"{why}{NOBODY_TO_ASK}")
 
 
 @attrs.frozen
@@ -168,9 +167,9 @@ class Questions:
     """Answers the questions of every agent of one rollout.
 
     `policy` answers while no handler is bound: `allow` takes the option that allows once (or always), `deny` the one
-    that rejects, `ask` asks on `terminal`; where there is none the default (allow) answers, and the answer says so.
-    A bound handler stays bound over role swaps. `limit_sec` is how long a handler or a person may take,
-    None as long as the turn.
+    that rejects, `ask` asks on `terminal`; where there is none the default (allow) answers: the answer says so, and
+    `note` is told the first time. A bound handler stays bound over role swaps. `limit_sec` is how long a handler or a
+    person may take, None as long as the turn.
 
     Example:
         >>> questions = Questions("allow")
@@ -180,7 +179,9 @@ class Questions:
     policy: Policy = "allow"
     limit_sec: float | None = ANSWER_SEC
     terminal: Callable[[AskUserRequest], str] | None = None
+    note: Callable[[str], None] = lambda _text: None
     _answerer: Answerer = attrs.field(init=False)
+    _noted: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.bind(None)
@@ -194,7 +195,11 @@ class Questions:
 
     async def answer(self, request: AskUserRequest) -> Answer:
         """Answer one question; waits as long as the handler may take, and never raises for what it does."""
-        return await self._answerer.answer(request)
+        answer = await self._answerer.answer(request)
+        if self.policy == "ask" and answer.by == "policy" and not self._noted:
+            self._noted = True
+            self.note(NOBODY_TO_ASK)
+        return answer
 
 
 def ask_on_terminal(request: AskUserRequest) -> str:

@@ -1,7 +1,8 @@
-"""Something to start from, for people who bring an agent: a manifest with comments, which validates as it is."""
+"""Something to start from: an agent's manifest or a scene, with comments, which validates as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from states.errors import ConfigError
@@ -121,6 +122,63 @@ def build():
 '''
 
 
+_SCENE = """\
+# Roles that take turns in one sandbox, each with its own agent, model and limits.
+#   rollout validate {file}
+#   rollout run demo --scene {file}
+# Settings of the rollout go above the tables; what the command line says goes before them. Paths are relative to here.
+# task = "tasks/sum"               # then: rollout run --scene {file}
+timeout = 3600                     # seconds for everything up to verification
+# budgets = {{ tokens = 200000, cost = 1.5 }}
+# policy = "deny"                  # what answers requests for permission, by default allow
+# usage_tracking = "required"      # refuse to run what cannot be metered
+# env = {{ TOKEN = "${{TOKEN}}" }}     # for every role: a variable of whoever runs it
+
+[[roles]]
+name = "coder"
+agent = "scripted"                 # one of `rollout agents`, or a manifest (.toml); this one needs no model
+# model = "openai/gpt-5"
+# turn_sec = 600                   # the longest turn; idle_sec: the longest silence in one
+
+[[roles]]
+name = "reviewer"
+agent = "scripted"
+budgets = {{ turns = 2 }}            # also tokens, cost, tool_calls, wall_sec, idle_sec
+# env = {{ STYLE = "strict" }}
+
+# The turns, in order. They are left out where a [director] decides them.
+[[turns]]
+role = "coder"                     # without a prompt it is asked the task's instruction
+
+[[turns]]
+role = "reviewer"
+prompt = "Review what the coder did, and write what you find to review.md."   # or: prompt_file = "review.md"
+
+[[turns]]
+role = "coder"
+prompt = "Mend what review.md finds."
+
+# [director]                       # a role that takes no turns and says what comes next
+# role = "user"                    # then there is a [[roles]] of that name; without an agent it is model-user
+# persona = "You are impatient."   # of a simulated user; any other director has a brief = "..."
+# facts = {{ order_id = "BF-1042" }} # what it alone knows
+# limit = 6                        # turns at most
+"""
+
+
+def scaffold_scene(path: Path) -> Path:
+    """Write a `rollout.toml` of two roles to `path`; returns it. As it is, it runs without a model.
+
+    Raises:
+        ConfigError: it exists, is not named .toml, or cannot be written.
+    """
+    file = path.expanduser()
+    if file.suffix != ".toml":
+        raise ConfigError(f"{file}: a scene's file ends in .toml; nothing was written")
+    _write({file: _SCENE.format(file=file)})
+    return file
+
+
 def scaffold_agent(path: Path, protocol: str = "acp") -> tuple[Path, ...]:
     """Write a manifest to `path` (its suffix becomes `.toml`), and for a session factory a module beside it.
 
@@ -136,13 +194,18 @@ def scaffold_agent(path: Path, protocol: str = "acp") -> tuple[Path, ...]:
     files = {manifest: (_ACP if protocol == "acp" else _FACTORY).format(**words)}
     if protocol != "acp":
         files[manifest.parent / f"{module}.py"] = _MODULE.format(**words)
+    _write(files)
+    return tuple(files)
+
+
+def _write(files: Mapping[Path, str]) -> None:
+    """Write all of them, or none where one is there."""
     for file in files:
         if file.exists():
             raise ConfigError(f"{file} exists; nothing was written")
-    try:
-        for file, text in files.items():
+    for file, text in files.items():
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{manifest.parent}: cannot be written: {error.strerror or error}") from error
-    return tuple(files)
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from error

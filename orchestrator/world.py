@@ -657,7 +657,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
         bell.ring()
         telemetry.called(line)
 
-    questions = Questions(config.policy, config.answer_sec, config.terminal)
+    questions = Questions(config.policy, config.answer_sec, config.terminal, journal.note)
     questions.bind(config.on_ask_user)
     tell = Chronicle(found.instruction, journal.records, GrowingTrajectory(steps).steps, found.limits)
     world = LiveWorld(

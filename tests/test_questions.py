@@ -46,9 +46,18 @@ async def test_the_first_option_of_a_kind_stands_for_it() -> None:
 
 
 async def test_ask_without_a_terminal_takes_the_default_and_says_so() -> None:
-    answer = await Questions("ask").answer(ASK)
-    assert answer.option == "once"
-    assert "no terminal" in answer.why
+    """The answer says so each time, a note the first time; an answer of a handler is nothing to note."""
+    notes: list[str] = []
+    questions = Questions("ask", note=notes.append)
+    for _ in range(2):
+        answer = await questions.answer(ASK)
+        assert answer.option == "once"
+        assert "no terminal" in answer.why
+    assert notes == [answer.why]
+    handled = Questions("ask", note=notes.append)
+    handled.bind(lambda _request: "no")
+    await handled.answer(ASK)
+    assert len(notes) == 1
 
 
 async def test_ask_with_a_terminal_asks_there() -> None:

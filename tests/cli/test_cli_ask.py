@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import subprocess
@@ -50,3 +51,12 @@ def test_a_person_at_the_terminal_answers(tmp_path, typed, option, status):
     trajectory = run_on_a_terminal(tmp_path, typed)
     assert f'"answer":"{option}","by":"terminal"' in trajectory
     assert f'"status":"{status}"' in trajectory
+
+
+def test_without_a_terminal_the_default_answers_and_the_result_notes_it(tmp_path):
+    """Nobody was asked: whoever reads the result must not think that somebody was."""
+    (tmp_path / "asker.toml").write_text(AGENT)
+    argv = [sys.executable, "-m", "orchestrator.cli", "run", "demo", "--policy", "ask", "--json"]
+    argv += ["--agent", str(tmp_path / "asker.toml"), "--out", str(tmp_path / "runs")]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True)
+    assert [note for note in json.loads(done.stdout)["notes"] if "no terminal to ask on" in note]

@@ -18,6 +18,7 @@ from orchestrator import cli
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
 from orchestrator.show import _step, one_line, plain, rollouts_in, story_of, table, tell, tell_shortly
+from orchestrator.tasks import demo_task
 from orchestrator.watch import Follower
 from states.errors import ConfigError, JournalError
 from states.events import Usage, Verified
@@ -225,6 +226,32 @@ def test_a_new_agent_is_valid_as_it_is(rollout, protocol, monkeypatch):
     code, _, err = rollout("init", "agent", f"fresh_{protocol[:3]}", "--protocol", protocol)
     assert code == 2
     assert "exists; nothing was written" in err
+
+
+def test_a_new_scene_is_valid_and_runs_as_it_is(rollout):
+    """Every role speaks, without a model; every line that is commented out is one of the format, too."""
+    code, out, _ = rollout("init", "scene", "--json")
+    assert (code, json.loads(out)["written"]) == (0, ["rollout.toml"])
+    assert rollout("validate", "rollout.toml")[1].endswith("ok     rollout.toml\n")
+    code, out, err = rollout("run", "--prompt", "x", "--scene", "rollout.toml", "--sandbox", "fake", "--json")
+    assert code == 0, err
+    assert [share["role"] for share in json.loads(out)["usage"]["by_turn"]] == ["coder", "reviewer", "coder"]
+    assert rollout("init", "scene")[0] == 2
+    assert rollout("init", "scene", "scene.yaml")[0] == 2
+
+
+def test_what_a_new_scene_has_commented_out_can_be_taken_in(rollout, monkeypatch):
+    """Its commented settings are keys of the format; with the director the turns go, and a role of its name comes."""
+    monkeypatch.setenv("TOKEN", "x")
+    rollout("init", "scene", "all.toml")
+    text = Path("all.toml").read_text()
+    settings = re.sub(r"^# (\w+ = .*|\[director\].*)$", r"\1", text, flags=re.MULTILINE)
+    settings = settings.replace('task = "tasks/sum"', f'task = "{demo_task()}"')
+    head, tail = settings.split("[[turns]]")[0], settings[settings.index("\n[director]") :]
+    Path("all.toml").write_text(f'{head}[[roles]]\nname = "user"\n\n{tail}')
+    code, out, _ = rollout("validate", "all.toml")
+    assert code == 0, out
+    assert settings.count("\n# ") < text.count("\n# ") - 10
 
 
 def test_a_new_agent_of_ones_own_runs(rollout, monkeypatch):
