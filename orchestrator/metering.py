@@ -15,6 +15,7 @@ import attrs
 from orchestrator.budgets import METERED, Budgets, Limits
 from orchestrator.config import Role, RolloutConfig
 from orchestrator.registry import AgentConfig
+from orchestrator.sandboxes import KINDS
 from states.errors import ConfigError, SandboxError
 from states.events import Share, Usage
 from states.ports import Leases, Sandbox
@@ -82,13 +83,27 @@ class NoMeter:
 def decide(config: RolloutConfig, cast: Sequence[Cast], limits: Limits) -> Metering:
     """Apply `usage_tracking` to this cast.
 
-    Raises `ConfigError` when it is required and cannot be had, and for a budget that nobody could keep.
+    Raises `ConfigError` when it is required and cannot be had, for a budget that nobody could keep, and for an agent
+    whose model is out of its reach whether that is counted or not.
     """
+    _check_network(config, cast)
     why = "usage_tracking is off" if config.usage_tracking == "off" else _why_not(config, cast)
     _check_budgets(config, cast, limits, why)
     if why and config.usage_tracking == "required":
         raise ConfigError(f"usage_tracking is required, but {why}")
     return Metering(not why, why)
+
+
+def _check_network(config: RolloutConfig, cast: Sequence[Cast]) -> None:
+    """A sandbox that we make without a network leaves an agent in it no model. What a user's own does is its affair."""
+    if config.network != "none" or not (isinstance(config.sandbox, str) and config.sandbox in KINDS):
+        return
+    for member in cast:
+        if member.agent.calls_model and member.agent.calls_from == "sandbox":
+            raise ConfigError(
+                f"agent {member.agent.name} calls its model from the sandbox, which network none leaves without any: "
+                "say network gateway-only (--network gateway-only), which lets it reach its model and nothing else"
+            )
 
 
 def _check_budgets(config: RolloutConfig, cast: Sequence[Cast], limits: Limits, why: str) -> None:

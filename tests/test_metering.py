@@ -67,6 +67,31 @@ def test_a_way_to_the_gateway_that_cannot_be_is_refused(settings, says):
         rollout(**{"sandbox": FakeSandbox(), **settings})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sandbox": "local"},
+        {"sandbox": "docker", "image": "debian"},
+        {"sandbox": "docker", "image": "debian", "gateway_reach": "relay"},
+        {"sandbox": "local", "usage_tracking": "off"},
+    ],
+)
+def test_an_agent_whose_sandbox_has_no_network_is_refused_its_model_before_anything_starts(settings):
+    """Else it would be graded for calls that it could not make; the sentence says which network lets it."""
+    with pytest.raises(ConfigError, match=r"caller calls its model from the sandbox.*--network gateway-only"):
+        rollout(**settings, network="none")
+
+
+def test_the_network_of_a_brought_sandbox_is_its_own_affair_and_an_agent_outside_needs_none():
+    """Neither is concerned by what we would cut off."""
+    assert rollout(sandbox=FakeSandbox(), network="none").result().usage.tracking == "untracked"
+    upstream = Upstream("m", "http://127.0.0.1:9", ["openai-chat"], api_key="nobody-elses-key")
+    config = RolloutConfig(
+        prompt="x", agent="mini-swe-agent", model="m", upstream=upstream, network="none", sandbox="local", out=None
+    )
+    assert Rollout(config).result().usage.tracking == "metered"
+
+
 def test_a_budget_of_cost_needs_a_price():
     """Else it would never be spent."""
     with pytest.raises(ConfigError, match="a budget of cost needs the price of m, which is not known"):

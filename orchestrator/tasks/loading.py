@@ -9,16 +9,17 @@ as the judge) is refused; one that only takes something from the task (a user, a
 from __future__ import annotations
 
 import difflib
+import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from orchestrator.tasks import documents, files, recipe, schema
-from orchestrator.tasks.task import Limits, Recipe, Solution, Task, Verification
+from orchestrator.tasks.task import Copied, Limits, Recipe, Solution, Task, Verification
 from states.errors import TaskError
 
 DEFAULT_CWD = "/app"
@@ -185,6 +186,8 @@ def _task(source: _Source, instruction: str, written_in: Path, extra: Mapping[st
     folder = source.folder("", "environment")
     dockerfile = folder / "Dockerfile" if folder and (folder / "Dockerfile").exists() else None
     read = recipe.read_recipe(dockerfile, root, environment.workdir or DEFAULT_CWD) if dockerfile else Recipe()
+    limits = _limits(source)
+    _check_storage(source, limits, folder, read)
     parts = [written_in, source.path, verification.folder, root / "prompts"]
     parts += [part for part in (folder, solution.folder if solution else None) if part]
     package = source.config.task
@@ -202,7 +205,7 @@ def _task(source: _Source, instruction: str, written_in: Path, extra: Mapping[st
         recipe=read,
         env={**read.env, **_env(environment.env, source, "environment")},
         workdir=_absolute(environment.workdir, source) or read.workdir,
-        limits=_limits(source),
+        limits=limits,
         network=_network(source),
         allowed_hosts=tuple(environment.allowed_hosts or ()),
         agent_timeout_sec=_finite(source.config.agent.timeout_sec, source, "agent.timeout_sec"),
@@ -270,6 +273,30 @@ def _limits(source: _Source) -> Limits:
         gpus=environment.gpus,
         build_timeout_sec=_finite(environment.build_timeout_sec, source, "build_timeout_sec") or 600.0,
     )
+
+
+def _check_storage(source: _Source, limits: Limits, folder: Path | None, read: Recipe) -> None:
+    """A task's own files have to fit beside an agent's work, or every agent is stopped, whatever it does."""
+    if limits.storage_mb is None or folder is None or (folder / ".dockerignore").exists():
+        return  # what is ignored of the files is known to who builds the image
+    copied = read.copied if read.base is not None else (Copied(folder, DEFAULT_CWD),)
+    sizes = {target: size for one in copied for target, size in _brought(one)}
+    if (brought := sum(sizes.values())) >= limits.storage_mb << 20:
+        raise TaskError(
+            f"{source.at('storage_mb')}: the task's own files take {brought / (1 << 20):.1f} MB of the "
+            f"{limits.storage_mb} MB that it allows, so that every agent would be over the limit; allow more"
+        )
+
+
+def _brought(copied: Copied) -> Iterator[tuple[str, int]]:
+    """Where each file of a COPY ends up, and its bytes; a second one at the same place takes the first's."""
+    if not copied.source.is_dir():
+        name = posixpath.join(copied.target, copied.source.name) if copied.into else copied.target
+        yield name, copied.source.stat().st_size
+        return
+    for place, _, names in os.walk(copied.source):
+        for file in (Path(place, name) for name in names):
+            yield posixpath.join(copied.target, file.relative_to(copied.source)), file.lstat().st_size
 
 
 def _size(megabytes: int | None, text: str | None, source: _Source, key: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,32 @@ def test_a_malformed_task_toml_names_key_expected_and_found(tmp_path, toml, said
     text = complaint(harbor(tmp_path / "t", toml))
     assert said.casefold() in text.casefold()
     assert "\n" not in text
+
+
+STORAGE = TOML + "\n[environment]\nstorage_mb = 1\n"
+
+
+@pytest.mark.parametrize(
+    "dockerfile",
+    [None, "FROM debian\nCOPY big /app/big\n", "FROM debian\nCOPY . .\n", "FROM debian\nADD big /app/\n"],
+)
+def test_a_task_whose_own_files_are_more_than_it_allows_is_refused(tmp_path, dockerfile):
+    """Else every agent would be stopped over the task's files; both figures are said."""
+    root = harbor(tmp_path, STORAGE, **{"environment/big": "x" * (3 << 20)})
+    if dockerfile is not None:
+        (root / "environment/Dockerfile").write_text(dockerfile)
+    assert re.search(
+        r"task\.toml:\d+: storage_mb: the task's own files take 3\.0 MB of the 1 MB that it allows", complaint(root)
+    )
+
+
+@pytest.mark.parametrize(
+    "dockerfile", ["FROM debian\n", "FROM debian\nCOPY half /app/half\nCOPY half /app/half\nCOPY . /app\n"]
+)
+def test_files_that_are_not_copied_or_copied_twice_to_one_place_count_once_at_most(tmp_path, dockerfile):
+    """What counts is what the sandbox will hold."""
+    files = {"environment/half": "x" * (600 << 10), "environment/Dockerfile": dockerfile}
+    assert load_task(harbor(tmp_path, STORAGE, **files)).limits.storage_mb == 1
 
 
 def test_a_task_of_several_steps_is_refused_for_that(tmp_path):
