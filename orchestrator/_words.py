@@ -31,4 +31,8 @@ def traced(error: BaseException) -> str:
         text = "".join(traceback.format_exception(error))
     except Exception as unreadable:
         text = f"{type(error).__name__}, whose traceback cannot be written: {type(unreadable).__name__}"
-    return text if len(text) <= TRACE else f"[... {len(text) - TRACE} characters were cut here ...]\n{text[-TRACE:]}"
+    if len(text) <= TRACE:
+        return text
+    tail = text[-TRACE:]
+    tail = tail.partition("\n")[2] or tail  # a line that is cut may hold half of a secret, which nobody redacts
+    return f"[... {len(text) - len(tail)} characters were cut here ...]\n{tail}"

@@ -24,11 +24,11 @@ from typing import Any, Final, overload
 
 import attrs
 
-from orchestrator._words import shown
+from orchestrator._words import shown, traced
 from orchestrator.budgets import Limits
 from orchestrator.config import DirectorRole, Role, Turn
 from orchestrator.registry import AgentConfig
-from states.errors import ConfigError
+from states.errors import ConfigError, DirectorError, OrchestratorError, said
 from states.events import Captured, Checked, Event, Next, Prompted, Recovered, Share
 from states.journal import Folded, Header, Record, Transition, fold_record
 from states.machine import Facts
@@ -168,15 +168,26 @@ class DirectedPlan:
     tell: Callable[[], Story]
     roles: tuple[str, ...]
     max_checks: int
+    note: Callable[[str], None] = attrs.field(default=lambda _text: None, repr=False)
+    """Gets the traceback of what a director raised."""
 
     async def next(self, _facts: Facts) -> Next:
-        """Ask the director, within the bounds. Raises what it raises, `ConfigError` for what is no decision."""
+        """Ask the director, within the bounds. Raises `DirectorError`, `ConfigError` for what is no decision."""
         story = self.tell()
-        answer = self.director(story)
-        decision = await answer if inspect.isawaitable(answer) else answer
+        decision = await self._asked(story)
         if isinstance(decision, Next) and decision.kind == "check" and story.checks >= self.max_checks:
             return Next("done", why=f"the limit of {self.max_checks} checks is reached")
         return self._next(decision, story)
+
+    async def _asked(self, story: Story) -> Decision:
+        try:
+            answer = self.director(story)
+            return await answer if inspect.isawaitable(answer) else answer
+        except OrchestratorError:
+            raise
+        except Exception as error:
+            self.note(traced(error))
+            raise DirectorError(f"the director raised {type(error).__name__}: {said(error)}") from error
 
     def _next(self, decision: object, story: Story) -> Next:
         match decision:

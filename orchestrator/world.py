@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import shutil
@@ -23,6 +24,7 @@ import attrs
 import msgspec
 
 from orchestrator._tasks import first_of
+from orchestrator._words import shown, traced
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
 from orchestrator.capture import DIRECTOR, GrowingTrajectory, TurnSegment, read_trajectory, recovered
 from orchestrator.config import DirectorRole, RolloutConfig, Scene
@@ -42,7 +44,7 @@ from orchestrator.sandboxes import SandboxSpec, make_sandbox
 from orchestrator.telemetry import Telemetry
 from orchestrator.transports import HOME, make_transport
 from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES, Deadline
-from states.errors import ConfigError, JournalError, SandboxError, VerifierError
+from states.errors import ConfigError, JournalError, OrchestratorError, SandboxError, VerifierError, said
 from states.events import BudgetSpent, IdlePassed, Next, Share
 from states.journal import Folded, Header, LeaseRecord, Record, Stopped
 from states.machine import Facts, Position, Rules
@@ -84,6 +86,36 @@ class NoVerifier:
     async def check(self) -> Mapping[str, float]:
         """There is nothing to run."""
         raise VerifierError("this rollout has no verifier to check with")
+
+
+@attrs.frozen(eq=False)
+class BroughtVerifier:
+    """A verifier of the user's: whatever it raises is the verifier's failure, its traceback a note."""
+
+    _verifier: Verifier
+    _note: Callable[[str], None]
+
+    async def verify(self) -> Mapping[str, float]:
+        """See `Verifier.verify`. What it returns is looked at by the state."""
+        found: Mapping[str, float] = await self._asked("verify")
+        return found
+
+    async def check(self) -> Mapping[str, float]:
+        """See `Verifier.check`. Raises `VerifierError` for what is no mapping."""
+        found: Any = await self._asked("check")
+        if not isinstance(found, Mapping):
+            raise VerifierError(f"check() returned {shown(found)}; it must return numbers by name")
+        return found
+
+    async def _asked(self, method: str) -> Any:
+        try:
+            found = getattr(self._verifier, method)()
+            return await found if inspect.isawaitable(found) else found
+        except OrchestratorError:
+            raise
+        except Exception as error:
+            self._note(traced(error))
+            raise VerifierError(f"{method}() raised {type(error).__name__}: {said(error)}") from error
 
 
 @attrs.define(eq=False)
@@ -379,6 +411,7 @@ class LiveWorld:
             api_key=key,
             task=self.task,
             keep_stderr=functools.partial(self._keep_stderr, handle),
+            note=self.note,
         )
 
     def _keep_stderr(self, handle: str, text: str) -> None:
@@ -432,7 +465,7 @@ class LiveWorld:
             lambda: str(self._gone(limits, Facts()) or ""),
         )
         self._directors.append(director)
-        self.plan = DirectedPlan(director, self.story, roles, self.config.max_checks)
+        self.plan = DirectedPlan(director, self.story, roles, self.config.max_checks, self.note)
 
     async def dismiss(self) -> None:
         """Close the sessions of a director, where an agent is one."""
@@ -507,7 +540,7 @@ class LiveWorld:
             )
         if self.config.verifier is None or isinstance(self.config.verifier, str):
             return NoVerifier()
-        return self.config.verifier
+        return BroughtVerifier(self.config.verifier, self.note)
 
     def _artifacts(self) -> Path:
         """The rollout's folder, or one of our own that goes when it is closed."""
@@ -673,7 +706,7 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
         folder=folder,
         task=found.task,
         story=tell,
-        plan=_plan(config, tuple(role.name for role in found.scene.roles), tell),
+        plan=_plan(config, tuple(role.name for role in found.scene.roles), tell, journal.note),
         redactor=redactor,
         trajectory=RedactingSink(steps, redactor),
         llm=calls,
@@ -706,9 +739,9 @@ def _journal(
     return JournalWriter(RedactingSink(lines, redactor), config.clock, header)
 
 
-def _plan(config: RolloutConfig, roles: tuple[str, ...], tell: Chronicle) -> Plan:
+def _plan(config: RolloutConfig, roles: tuple[str, ...], tell: Chronicle, note: Callable[[str], None]) -> Plan:
     if callable(config.director):
-        return DirectedPlan(config.director, tell, roles, config.max_checks)
+        return DirectedPlan(config.director, tell, roles, config.max_checks, note)
     return config.plan or FixedPlan(config.the_scene().turns, tell.instruction)
 
 

@@ -13,7 +13,7 @@
     |- ConnectError              no session came up; `retryable` says whether a second try may help
     |- AgentError                the agent answered a prompt with an error, or raised
     |  `- AgentLost              the agent is gone: exit code and tail of its stderr
-    |- DirectorError             the agent that decides the next turn gave no decision
+    |- DirectorError             whoever decides the next turn raised, or gave no decision
     |- ProviderError             the model's provider refused or failed
     |- VerifierError             the verifier did not produce a reward that can be trusted
     `- QuietError                it could not be proven that an agent is dead
@@ -125,7 +125,7 @@ class AgentLost(AgentError):
 
 
 class DirectorError(OrchestratorError):
-    """An agent that decides what comes next raised, or gave no answer that can be followed, twice.
+    """A director raised; or, where it is an agent, gave no answer that can be followed, twice.
 
     The harness owns it: who directs a scene is an instrument of the run, not the agent that is looked at.
     """

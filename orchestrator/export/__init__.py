@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
+from orchestrator._words import shown
 from orchestrator.export.recorded import Recorded, Source, recorded
 from orchestrator.journal import encode_any
 from orchestrator.show import rollouts_in
@@ -76,10 +77,14 @@ def document(source: Source, to: str) -> Any:
     A format of lines gives those of every rollout in a folder that holds several (`runs`), the oldest first.
 
     Raises:
-        ConfigError: there is no such format, or no rollout in that folder.
+        ConfigError: there is no such format, or no rollout in that folder, or no folder (`out=None`).
         JournalError: a file in the folder cannot be read.
     """
     form = _format(to)
+    if source is None:
+        raise ConfigError("the rollout kept nothing on disk (out=None), and an export is made of that: run it with out")
+    if not isinstance(source, str | Path | Recorded):
+        raise ConfigError(f"an export is made of a rollout's folder (result.folder), not of {shown(source)}")
     if form.kind == "jsonl":
         return [line for rollout in _rollouts(source) for line in form.fold(rollout)]
     return form.fold(source)

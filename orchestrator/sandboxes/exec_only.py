@@ -40,6 +40,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import attrs
 
+from orchestrator._words import shown
 from orchestrator.sandboxes import _files, exec_call, exec_child
 from orchestrator.sandboxes._files import Mount, Tree
 from states.errors import ExecTimeout, HandleRevoked, PathEscape, QuietError, SandboxError, said
@@ -506,9 +507,14 @@ class ExecOnlySandbox:
         limit = None if sec is None else sec + GRACE_SEC
         try:
             with anyio.fail_after(None if limit is None else limit + GRACE_SEC):
-                return await self.within.exec(command, timeout_sec=limit)
+                done: Any = await self.within.exec(command, timeout_sec=limit)
         except Exception as error:
             raise _NoAnswer(f"sandbox {self.name}, {what}: {type(error).__name__}: {said(error)}") from error
+        if lacks := [member for member in ("stdout", "stderr", "return_code") if not hasattr(done, member)]:
+            wanted = "an object with stdout, stderr and return_code"
+            returned = f"exec() returned {shown(done)}, which lacks {', '.join(lacks)}"
+            raise SandboxError(f"sandbox {self.name}, {what}: {returned}; it must return {wanted}")
+        return done
 
     # --- files on their way ---
 

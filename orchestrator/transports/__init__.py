@@ -26,11 +26,13 @@ def make_transport(
     api_key: str | None,
     task: Any,
     keep_stderr: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Transport:
     """The transport that a role's agent speaks, pointed at its model.
 
     `base_url` is the gateway as the agent's model calls see it, `sandbox_base_url` as something in the sandbox does.
-    `keep_stderr` gets what an agent that is a process wrote there, when its session is closed.
+    `keep_stderr` gets what an agent that is a process wrote there, when its session is closed; `note` the traceback of
+    what one in our own process raised.
     """
     launch = member.agent.render(
         place, cwd=cwd, home=home, model=member.model, base_url=base_url, api_key=api_key, env=member.env
@@ -67,4 +69,5 @@ def make_transport(
         cwd,
         offered={"task": task, "model": member.model, "env": env},
         exec_env={name: value for name, value in env.items() if not (at_home and value == api_key)},
+        note=note,
     )

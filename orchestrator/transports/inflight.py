@@ -10,6 +10,7 @@ import anyio
 import attrs
 
 from orchestrator._tasks import Detached, first_of
+from orchestrator._words import traced
 from orchestrator.questions import Answer, Questions
 from states.errors import AgentError, AgentLost, OrchestratorError
 from states.events import Failure, Lost, Settled, TurnEnded, TurnFailed
@@ -62,11 +63,21 @@ class PromptTask:
 
     _task: Detached[str]
     _segment: Segment
+    _note: Callable[[str], None] | None = None
 
     @classmethod
-    def of(cls, prompt: Callable[[str], Awaitable[str]], text: str, segment: Segment) -> PromptTask:
-        """A prompt that is ready to be sent; nothing happens until `start`."""
-        return cls(Detached(prompt, (text,), name="prompt"), segment)
+    def of(
+        cls,
+        prompt: Callable[[str], Awaitable[str]],
+        text: str,
+        segment: Segment,
+        note: Callable[[str], None] | None = None,
+    ) -> PromptTask:
+        """A prompt that is ready to be sent; nothing happens until `start`.
+
+        `note` gets the traceback of what foreign code raises, where `prompt` runs that in our process.
+        """
+        return cls(Detached(prompt, (text,), name="prompt"), segment, note)
 
     def start(self) -> None:
         """Send it. Once."""
@@ -87,8 +98,12 @@ class PromptTask:
             stop = _stop_reason(await self._task.wait())
         except AgentLost as error:
             return Lost(Failure.of(error), exit_code=error.exit_code)
+        except OrchestratorError as error:
+            return TurnFailed(Failure.of(error))
         except Exception as error:
-            return TurnFailed(Failure.of(error, owner=None if isinstance(error, OrchestratorError) else "agent"))
+            if self._note is not None:
+                self._note(traced(error))
+            return TurnFailed(Failure.of(error, owner="agent"))
         return TurnEnded(stop, steps=self._segment.steps)
 
 

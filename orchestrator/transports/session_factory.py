@@ -19,11 +19,12 @@ import anyio.from_thread
 import attrs
 
 from orchestrator._tasks import Detached
+from orchestrator._words import shown, traced
 from orchestrator.questions import Questions, answer_fields, question_step, read_request
 from orchestrator.transports.gate import GatedHandle
 from orchestrator.transports.inflight import PromptTask, Turn, settled
 from orchestrator.transports.steps import StepReader
-from states.errors import AgentError, ConfigError, ConnectError, ProviderError, SandboxError, said
+from states.errors import AgentError, ConfigError, ConnectError, OrchestratorError, ProviderError, SandboxError, said
 from states.events import FactoryOpened, Lost, Settled, TurnEnded, TurnFailed
 from states.ports import Connection, OpenTurn, Seat, Segment, Session
 
@@ -61,6 +62,8 @@ class SessionFactoryTransport:
     exec_env: Mapping[str, str] = attrs.field(
         default=attrs.Factory(lambda self: self.agent_env, takes_self=True), repr=False
     )
+    note: Callable[[str], None] = attrs.field(default=lambda _text: None, repr=False)
+    """Gets the traceback of what the agent's code raised: nobody else would see it."""
     name: Literal["acp", "session-factory"] = "session-factory"
 
     async def connecting(self, seat: Seat) -> FactoryOpened:
@@ -78,6 +81,8 @@ class SessionFactoryTransport:
             await _discard(connecting, gate)
             if isinstance(error, _MEANT) or not isinstance(error, Exception):
                 raise
+            if not isinstance(error, OrchestratorError):
+                self.note(traced(error))
             raise ConnectError(f"connect() raised {type(error).__name__}: {said(error)}") from error
 
     async def _connect(self, gate: GatedHandle, role: str) -> Any:
@@ -85,9 +90,16 @@ class SessionFactoryTransport:
         agent = self.factory(**_accepted(self.factory, self.offered))
         if inspect.isawaitable(agent):
             agent = await agent
+        if not callable(getattr(agent, "connect", None)):
+            name, wanted = self._factory_name(), "an Agent, an object with connect(sandbox, role)"
+            raise ConnectError(f"the factory {name} returned {shown(agent)}; it must return {wanted}", retryable=False)
         keywords = _accepted(agent.connect, {"agent_env": dict(self.agent_env)})
         session = agent.connect(gate, role, **keywords)
         return await session if inspect.isawaitable(session) else session
+
+    def _factory_name(self) -> str:
+        module, name = (getattr(self.factory, part, "") for part in ("__module__", "__qualname__"))
+        return f"{module}:{name}" if name else type(self.factory).__qualname__
 
     async def _in_time(self, connecting: Detached[Any]) -> Any:
         with anyio.move_on_after(self.connect_sec):
@@ -123,11 +135,10 @@ class SessionFactoryTransport:
         try:
             _asked("on_change", lambda: setattr(session, "on_change", changed))
         except AgentError as error:
+            _check_whole(session, ("prompt", "cancel", "on_ask_user", "steps"))
             raise ConnectError(f"{kind} refuses the assignment of on_change: {error}", retryable=False) from error
         if not _asked("its members", lambda: isinstance(session, Session)):
-            wanted = ("on_change", "prompt", "cancel", "on_ask_user", "steps")
-            missing = ", ".join(name for name in wanted if not hasattr(session, name))
-            raise ConnectError(f"connect() returned {kind}, which is no Session: it lacks {missing}", retryable=False)
+            _check_whole(session, ("on_change", "prompt", "cancel", "on_ask_user", "steps"))
         _asked("on_ask_user()", lambda: session.on_ask_user(lambda request: self._answer(request, live)))
 
     async def _answer(self, asked: Any, live: LiveSession) -> str | None:
@@ -142,7 +153,7 @@ class SessionFactoryTransport:
         live: LiveSession = connection.session
         live.reader.turn(segment, text)
         live.turn = Turn()
-        return PromptTask.of(functools.partial(_prompt, live.session, live.turn), text, segment)
+        return PromptTask.of(functools.partial(_prompt, live.session, live.turn), text, segment, self.note)
 
     async def executing(self, turn: OpenTurn) -> TurnEnded | TurnFailed | Lost:
         """Open the gate, send the prompt, and wait for its end."""
@@ -192,6 +203,13 @@ class SessionFactoryTransport:
 
 _MEANT = (ConfigError, ConnectError, ProviderError, SandboxError)
 """Errors of ours that an agent may raise to say what went wrong in `connect`."""
+
+
+def _check_whole(session: Any, wanted: tuple[str, ...]) -> None:
+    """Raise `ConnectError` for what lacks one of these members; says which."""
+    if missing := [name for name in wanted if not _asked(name, functools.partial(hasattr, session, name))]:
+        lacks = f"which is no Session: it lacks {', '.join(missing)}"
+        raise ConnectError(f"connect() returned {shown(session)}, {lacks}", retryable=False)
 
 
 async def _discard(connecting: Detached[Any], gate: GatedHandle) -> None:
