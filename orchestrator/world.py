@@ -273,8 +273,9 @@ class LiveWorld:
         self.journal.write(lambda seq, now: Stopped(seq, now, by))
 
     def pause(self, by: str) -> None:
-        """Hold the plan before its next turn."""
-        self._hold.pause(by)
+        """Hold the plan before its next turn; nobody would be there to let go of it when it is to be left."""
+        if not self.leaving:
+            self._hold.pause(by)
 
     def resume(self, by: str) -> None:
         """Let the plan go on."""

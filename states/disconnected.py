@@ -23,6 +23,8 @@ async def run(rollout: Rollout, world: World) -> RoleAssigned | CheckAsked | Pau
     if decision.kind == "turn" and (spent := world.spent(facts, decision.role)):
         decision = Next("done", why=spent)
     match decision.kind:
+        case "turn" if world.leaving:  # since the plan was asked: nobody is connected for whoever goes on later
+            return Paused("stop", decision)
         case "turn":
             seat = world.seat(decision.role, facts.assigned + 1)
             return RoleAssigned(decision.role, decision, live=seat)

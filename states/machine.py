@@ -323,6 +323,11 @@ def _decided(kind: Literal["done", "check"]) -> Callable[[Facts, Any, Row, Rules
     return kept
 
 
+def _still_due(decision: Next | None) -> Next | None:
+    """What is to be done when a pause is over: not that pause again."""
+    return None if decision is None or decision.kind == "pause" else decision
+
+
 def _taken_over(facts: Facts, event: Any, _row: Row, _rules: Rules) -> dict[str, Any]:
     """No session outlives its process; a turn that is asked again comes before whatever was decided after it."""
     gone = {} if facts.link == "none" else {"link": "gone"}
@@ -380,7 +385,7 @@ _CHANGES: Mapping[type[Event], Callable[[Facts, Any, Row, Rules], dict[str, Any]
         ev.RoleSwapped: lambda _facts, event, *_: {"next": event.next},
         ev.PlanDone: _decided("done"),
         ev.CheckAsked: _decided("check"),
-        ev.Paused: lambda facts, event, *_: {"next": event.next or facts.next},
+        ev.Paused: lambda facts, event, *_: {"next": event.next or _still_due(facts.next)},
         ev.Lost: lambda *_: {"link": "gone"},
         ev.Unresponsive: lambda *_: {"link": "gone"},
         ev.Recovered: _taken_over,

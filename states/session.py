@@ -46,6 +46,8 @@ def _act(decision: Next, rollout: Rollout, world: World, connection: Connection)
             return Prompted(number - 1, decision.role, decision.text, decision.budgets, live=turn)
         case "turn":
             return RoleSwapped(decision)
+        case "pause" if world.leaving:  # it is kept for whoever goes on: here nobody would be there to end it
+            return RoleSwapped(decision)
         case "check":
             return CheckAsked()
         case "pause":

@@ -15,10 +15,11 @@ from test_ways_out import DONE, REACH, TURN, hooked, planned
 
 from orchestrator import ConfigError, ExecResult, Turn
 from orchestrator.journal import MemorySink, read_journal
+from orchestrator.recovery import resume
 from orchestrator.sandboxes.fake import HANG, FakeSandbox
 from states import events as ev
 from states.errors import JournalError, QuietError
-from states.events import Failure
+from states.events import Failure, Next
 from states.journal import fold
 
 pytestmark = pytest.mark.anyio
@@ -372,6 +373,40 @@ async def test_stop_between_turns_leaves_at_the_next_disconnected(transport, sta
     stand = build(transport, turns=TWICE)
     hooked(stand, on(name_in(transport, state), stand.rollout.stop))
     assert (await stand.rollout.run()).state == "disconnected"
+
+
+@pytest.mark.parametrize("state", ["disconnected", "session"])
+@pytest.mark.parametrize("kind", ["turn", "pause"])
+async def test_a_stop_while_the_plan_decides_leaves_all_the_same(transport, state, kind, tmp_path):
+    """What it decided is kept for whoever goes on; nobody is connected for it, and no pause holds up the stop."""
+    asked = []
+
+    class Plan:
+        async def next(self, facts):
+            asked.append(facts.prompted)
+            if len(asked) == (1 if state == "disconnected" else 2):
+                stand.rollout.stop("SIGINT")
+                await anyio.lowlevel.checkpoint()
+                return Next(kind, "agent" if kind == "turn" else "", "stopped at" if kind == "turn" else "")
+            return Next("turn", "agent", "Do it.") if facts.prompted < 2 else Next("done")
+
+    stand = build(transport, plan=Plan(), out=tmp_path)
+    with anyio.fail_after(20):
+        assert (await stand.rollout.run()).state == "disconnected"
+    assert names(stand).count("RoleAssigned") == (0 if state == "disconnected" else 1)
+    await stand.rollout.detach()
+    held = []
+    config = attrs.evolve(stand.rollout.config, hooks=())
+    going = await resume(stand.rollout.folder, config)
+    going.listeners.append(on("paused", lambda: held.append(going.held) or going.resume()))
+    with anyio.fail_after(20):
+        result = await going.run()
+    assert result.state == "closed/rewarded"
+    prompted = [
+        record.event.text for record in going.journal if hasattr(record, "event") and hasattr(record.event, "text")
+    ]
+    assert ("stopped at" in prompted) == (kind == "turn")
+    assert held == (["plan"] if (kind, state) == ("pause", "session") else [])
 
 
 async def test_stop_lets_go_of_a_pause(transport):
