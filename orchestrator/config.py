@@ -265,7 +265,7 @@ class RolloutConfig:
         timeout: `budgets.wall_sec` in short: seconds for the whole rollout up to verification; scoring and teardown
             always get their own.
         turn_sec, idle_sec: limits of a turn for roles that set none; `turn_sec` defaults to the task's, or 900 s.
-        budgets: what the rollout may spend, whoever spends it (`orchestrator.budgets`).
+        budgets: what the rollout may spend, whoever spends it: `Budgets`, or a mapping such as `{"tokens": 1000}`.
         deadlines: seconds by state, over those of `states.deadlines`.
         verifier: who gives the reward: `task` (the task's own), a `Verifier`, or None: the host verifies.
         policy: what answers an agent's question when no handler is bound.
@@ -274,7 +274,7 @@ class RolloutConfig:
         answer_sec: how long a handler or a person may take to answer; then the question is declined, with that as the
             reason. None: as long as the turn.
         env: variables of every role's agent, passed as given and redacted by value.
-        hooks: called with each transition; an error of one is a note in the journal.
+        hooks: functions that are called with each transition; an error of one is a note in the journal.
         director: who decides the next turn by what happened so far. A callable (`orchestrator.directors`): the scene
             then only says which roles there are. Or an agent (`orchestrator.directing`): a `DirectorRole`, such as
             `model_user` makes, or the name of a role of the scene that takes no turns.
