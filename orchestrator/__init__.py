@@ -39,7 +39,7 @@ A host brings a `Sandbox` (or an `ExecSandbox`), is told of each `Transition`, a
     >>> import anyio
     >>> from orchestrator.sandboxes.fake import FakeSandbox
     >>> anyio.run(host, FakeSandbox()).verdict
-    Verdict(owner='agent', reason='not verified here: the host has its own verifier')
+    Verdict(owner='agent', reason='not verified: there is no verifier, or its host has one of its own')
     >>> moves[-1]
     ('Released', 'closed/unverified')
 """

@@ -7,7 +7,7 @@ meter. No counter is kept anywhere else.
 >>> limits = Limits(rollout=Budgets(tokens=1000), roles={"coder": Budgets(turns=1)})
 >>> shares = [Share("coder", 1, Usage(calls=1, input_tokens=700)), Share("user", 0, Usage(calls=1, input_tokens=300))]
 >>> [str(spent) for spent in limits.gone(limits.holding("coder"), shares)]
-["the rollout's budget of 1,000 tokens is spent (1,000)", "coder's budget of 1 turns is spent (1)"]
+["the rollout's budget of 1,000 tokens is spent (1,000)", "coder's budget of 1 turn is spent (1)"]
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class Limit:
 
     def __str__(self) -> str:
         whose = {"turn": f"turn {self.of}'s", "role": f"{self.of}'s"}.get(self.scope, f"the {self.scope}'s")
-        return f"{whose} budget of {_UNITS[self.kind].format(self.limit)}"
+        unit = _UNITS[self.kind].format(self.limit)
+        return f"{whose} budget of {unit.removesuffix('s') if self.limit == 1 and self.kind in WHOLE else unit}"
 
 
 @attrs.frozen

@@ -128,7 +128,9 @@ def cli() -> None:
 @click.option("--scene", type=click.Path(path_type=Path), metavar="FILE", help="Roles and turns: a rollout.toml.")
 @click.option("--role", "roles", multiple=True, metavar="NAME=AGENT[:MODEL]", help="Who plays a role; repeatable.")
 @click.option("--prompt", help="Ask this, instead of the task's instruction.")
-@click.option("--sandbox", default="local", show_default=True, metavar="NAME", help="local, docker, or module:Class.")
+@click.option(
+    "--sandbox", default="local", show_default=True, metavar="NAME", help="local, docker, daytona, or module:Class."
+)
 @click.option("--sandbox-option", "sandbox_options", multiple=True, metavar="K=V", help="A word of that sandbox's own.")
 @click.option("--image", metavar="IMAGE", help="A prebuilt image, over the task's own.")
 @click.option("--image-map", multiple=True, metavar="FROM=TO", help="TO stands for FROM, which cannot be had here.")
@@ -308,6 +310,7 @@ def _config(
     from orchestrator.budgets import Budgets
     from orchestrator.config import RolloutConfig
 
+    _finite({name: options[name] for name in ("timeout", "turn_timeout", "idle_timeout")})
     budgets = {name: options.pop(f"max_{name}") for name in ("tokens", "cost", "tool_calls", "turns")}
     variables = _variables(env)
     asked = {
@@ -337,6 +340,13 @@ def _config(
 
         config["terminal"] = ask_on_terminal
     return RolloutConfig(**config)
+
+
+def _finite(seconds: Mapping[str, float | None]) -> None:
+    """Refuse what is no time, by the name of the option that it was given with."""
+    for name, given in seconds.items():
+        if given is not None and not 0 < given < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {given:g}: give seconds, a number above 0")
 
 
 def _scene_file(
@@ -638,6 +648,12 @@ def _show_all(folder: Path, *, as_json: bool) -> int:
     return 0
 
 
+def _holds_a_rollout(folder: Path) -> None:
+    """Raise `ConfigError` where there is no journal."""
+    if not (folder / "journal.jsonl").is_file():
+        raise ConfigError(f"{folder} holds no rollout: there is no journal.jsonl in it")
+
+
 def _follow(folder: Path) -> None:
     import anyio
 
@@ -663,6 +679,8 @@ def diagram(form: str | None, folder: Path | None, output: Path | None, *, as_js
     """
     from orchestrator.diagram import diagram_of
 
+    if folder is not None and folder.name != "journal.jsonl":
+        _holds_a_rollout(folder)
     chosen: Any = form or _diagram_format(output)
     text = diagram_of(folder, format=chosen)
     if output is not None:
@@ -671,6 +689,8 @@ def diagram(form: str | None, folder: Path | None, output: Path | None, *, as_js
         _print_json({"format": chosen, "output": str(output) if output else None, "diagram": text})
     elif output is None:
         click.echo(text, nl=False)
+    else:
+        click.echo(f"wrote {output}")
     return 0
 
 
@@ -1138,6 +1158,7 @@ def exec_(folder: Path, command: tuple[str, ...], *, role: str | None, as_json: 
 
     from orchestrator.kept import exec_in
 
+    _holds_a_rollout(folder)
     result = anyio.run(lambda: exec_in(folder, command, role=role))
     if as_json:
         _print_json({"stdout": result.stdout, "stderr": result.stderr, "exit_code": result.return_code})

@@ -9,6 +9,7 @@ same sandbox. `reap` needs the journal alone: its world can only give back, ever
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ import msgspec
 
 from orchestrator.capture import TurnSegment, recovered
 from orchestrator.config import RolloutConfig
+from orchestrator.control import SOCKET
 from orchestrator.gateway.llm_log import used_by
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, read_journal, read_lines
 from orchestrator.leases import JournaledLeases
@@ -63,6 +65,8 @@ async def reap(folder: Path) -> RolloutResult:
     'closed/failed'
     """
     taken = take(folder)
+    with contextlib.suppress(OSError):
+        (folder / SOCKET).unlink()  # of the dead process: who drives is us, and nobody asks us anything
     folded, world = taken.folded, ReaperWorld.over(taken)
     if folded.position.closed:
         try:

@@ -369,7 +369,25 @@ def _from_mapping(data: Mapping[str, Any], where: str) -> AgentConfig:
         return msgspec.convert(dict(data), AgentConfig)
     except msgspec.ValidationError as error:
         text, _, key = str(error).partition(" - at `$.")
-        raise ConfigError(f"{where}: {key.rstrip('`') + ': ' if key else ''}{text.replace('`', '')}") from error
+        raise ConfigError(f"{where}: {_explained(text.replace('`', ''), key.rstrip('`'))}") from error
+
+
+def _explained(problem: str, key: str) -> str:
+    """What msgspec says of a manifest's key, in the words of who writes one: with those that it may be."""
+    if missing := re.fullmatch(r"Object missing required field (\w+)", problem):
+        key = f"{key}.{missing[1]}" if key else missing[1]
+        return f"{key} is missing{f'; give {_or(_WORDS[key])}' if key in _WORDS else ''}"
+    if problem.startswith("Invalid enum value") and key in _WORDS:
+        return f"{key}: expected {_or(_WORDS[key])}, found {problem.removeprefix('Invalid enum value ')}"
+    return f"{key + ': ' if key else ''}{problem}"
+
+
+_WORDS = {"protocol": get_args(Protocol), "api[...]": get_args(Api), "install.kind": ("npm", "python")}
+"""The words that a key may have, for a message."""
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, words[:-1])) + f" or {words[-1]!r}"
 
 
 def _refuse_unknown(data: Mapping[str, Any], kind: type[attrs.AttrsInstance], where: str, prefix: str = "") -> None:
@@ -448,7 +466,7 @@ class Registry:
             found = entry.load()
             config = found() if callable(found) else found
             if not isinstance(config, AgentConfig):
-                raise ConfigError(f"it is a {type(config).__name__}, not an AgentConfig")  # noqa: TRY301
+                raise ConfigError(f"it gives {type(config).__name__}, not an AgentConfig")  # noqa: TRY301
             self.register(config)
         except Exception as error:
             self._broken[entry.name] = ConfigError(f"agent {entry.name!r}, entry point {entry.value!r}: {error}")

@@ -167,7 +167,7 @@ def verdict_of(folded: Folded) -> Verdict:
         case "rewarded":
             return Verdict("agent", f"verified; the last turn ended by {facts.ended_by or 'nothing: none was taken'}")
         case "unverified":
-            return Verdict("agent", "not verified here: the host has its own verifier")
+            return Verdict("agent", "not verified: there is no verifier, or its host has one of its own")
         case "void" if facts.worked.failed_calls and facts.worked.failed_calls == facts.worked.calls:
             words = f": {failure.message}" if failure is not None and failure.owner == "provider" else ""
             return Verdict("provider", f"nothing was done: all {facts.worked.calls} model calls failed{words}")

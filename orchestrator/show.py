@@ -27,6 +27,9 @@ WIDTH = 100
 HEAD, TAIL = 8, 6
 """So many steps of a long turn are shown from its beginning, and from its end."""
 
+TRACEBACK, TRACEBACK_LINES = "Traceback (most recent call last)", 12
+"""How a note that is a traceback begins, and how many of its last lines are told."""
+
 Style = Callable[..., str]
 """How words are made to stand out: `click.style`, or nothing."""
 
@@ -370,10 +373,15 @@ def _budgets(result: RolloutResult) -> list[str]:
     lines = []
     for use in result.budgets:
         limit = Limit(use.scope, use.kind, use.limit, use.of)
-        spent = "" if use.spent is None else f": {round(use.spent, 6):,.12g} spent"
-        over = f", {round(use.overshoot, 6):,.12g} too much" if use.overshoot else ""
+        spent = "" if use.spent is None else f": {_amount(use.kind, use.spent)} spent"
+        over = f", {_amount(use.kind, use.overshoot)} too much" if use.overshoot else ""
         lines.append(f"budget    {one_line(str(limit))}{spent}{over}")
     return lines
+
+
+def _amount(kind: str, amount: float) -> str:
+    """So much of a budget, as a person reads it: `120` (the budget says of what), `0.24 s`, `$0.0105`."""
+    return {"cost": f"${amount:,.6g}", "wall_sec": f"{round(amount, 2):g} s"}.get(kind, f"{amount:,.12g}")
 
 
 def _errors(result: RolloutResult, style: Style) -> list[str]:
@@ -388,9 +396,18 @@ def _errors(result: RolloutResult, style: Style) -> list[str]:
 
 
 def _notes(result: RolloutResult, style: Style) -> list[str]:
-    notes = [f"  {one_line(note, 400)}" for note in result.notes]
+    notes = [f"  {line}" for note in result.notes for line in _noted(note)]
     leaked = [f"  {style('still held', fg='red')}: {what}" for what in result.leaked]
     return [style("Notes", bold=True), *notes, *leaked] if notes or leaked else []
+
+
+def _noted(note: str) -> list[str]:
+    """A note as a line; a traceback as its last ones: there is the frame of what a user brought, and the error."""
+    lines = note.splitlines()
+    if len(lines) < 2 or TRACEBACK not in lines[0]:
+        return [one_line(note, 400)]
+    cut = ["    ..."] if len(lines) - 1 > TRACEBACK_LINES else []
+    return [one_line(lines[0]), *cut, *(f"    {one_line(line)}" for line in lines[1:][-TRACEBACK_LINES:])]
 
 
 def _files(folder: Path) -> list[str]:

@@ -781,7 +781,9 @@ def _check_same(was: Header, now: Header) -> None:
         given: dict[str, Any] = msgspec.json.decode(encode_any(now.info))
         differs += [key for key in given if key not in _NO_INPUT and was.info.get(key) != given[key]] or ["identity"]
     if differs:
-        said = ", ".join(f"{key} (was {_brief(was.info.get(key))}, is {_brief(now.info.get(key))})" for key in differs)
+        rules = (_rules_of(was), _rules_of(now))
+        before, after = {**was.info, **rules[0]}, {**now.info, **rules[1]}
+        said = ", ".join(_differs(key, before.get(key), after.get(key)) for key in differs)
         raise ConfigError(f"rollout {was.rollout} was begun with other inputs, and cannot go on with these: {said}")
 
 
@@ -792,6 +794,25 @@ def _rules_of(header: Header) -> dict[str, Any]:
     return attrs.asdict(header.rules)
 
 
-def _brief(value: Any) -> str:
-    text = encode_any(value).decode()
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _differs(key: str, was: Any, now: Any) -> str:
+    """What of an input is another one, in a few words: of a role which of its settings, of an agent its manifest."""
+    if key == "roles" and isinstance(was, Mapping) and isinstance(now, Mapping):
+        names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        return ", ".join(_differs_of_role(name, was.get(name), now.get(name)) for name in names)
+    texts = [encode_any(value).decode() for value in (was, now)]
+    if key.endswith("digest") or max(map(len, texts)) > BRIEF:
+        return key
+    return f"{key} (was {texts[0]}, is {texts[1]})"
+
+
+def _differs_of_role(name: str, was: Any, now: Any) -> str:
+    if not was or not now:
+        return f"roles ({name} {'is new' if now else 'is gone'})"
+    keys = [_differs(key, was.get(key), now[key]) for key in now if key != "agent_digest" and was.get(key) != now[key]]
+    manifest = was["agent_digest"] != now["agent_digest"] and was["agent"] == now["agent"]
+    changed = [f"the manifest of agent {now['agent']}"] if manifest else []
+    return f"roles ({name}: {', '.join([*changed, *keys])})"
+
+
+BRIEF = 80
+"""The longest value that is quoted of an input that changed, in characters of JSON."""

@@ -443,7 +443,7 @@ async def test_turns_that_are_spent_end_the_list_before_the_next_prompt(transpor
     result = stand.rollout.result()
     assert (result.turns, result.ended_by, result.state) == (1, "end_turn", "closed/rewarded")
     whose = {"role": "agent's"}.get(scope, f"the {scope}'s")
-    assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {f"{whose} budget of 1 turns is spent (1)"}
+    assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {f"{whose} budget of 1 turn is spent (1)"}
     assert [one.spent for one in use(stand, scope)] == [1]
 
 
@@ -512,7 +512,7 @@ async def test_a_turn_that_a_director_gives_to_a_spent_role_is_not_taken(transpo
     stand = directed(transport, lambda story: Turn("coder"), Budgets(turns=1))
     await drive(stand)
     assert stand.rollout.result().turns == 1
-    assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {"coder's budget of 1 turns is spent (1)"}
+    assert {e.why for e in events(stand) if isinstance(e, ev.PlanDone)} == {"coder's budget of 1 turn is spent (1)"}
 
 
 def directed(transport, director, budgets):

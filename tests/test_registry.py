@@ -82,6 +82,8 @@ MISTAKES = {
     "a bind of nothing": ({"protocol": "acp", "launch": ["sh"], "binds": ["/no/such"]}, r"binds: '/no/such' is no abs"),
     "a relative bind": ({"protocol": "acp", "launch": ["sh"], "binds": ["."]}, r"binds: '\.' is no absolute path"),
     "an api that nobody speaks": ({"protocol": "acp", "launch": ["sh"], "api": ["soap"]}, r"api"),
+    "a protocol that there is not": ({"protocol": "http", "launch": ["sh"]}, r"protocol.*'acp' or 'session-factory'"),
+    "no protocol": ({"launch": ["sh"]}, r"protocol is missing; give 'acp' or 'session-factory'"),
 }
 
 

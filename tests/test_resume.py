@@ -502,7 +502,8 @@ async def test_what_is_over_is_not_resumed(tmp_path):
         ({"timeout": 5.0}, r"budgets \(was \[\], is .*wall_sec"),
         ({"max_connects": 7}, "max_connects"),
         ({"network": "none"}, "network"),
-        ({"env": {"MORE": "1"}}, "roles"),
+        ({"env": {"MORE": "1"}}, r'roles \(agent: env \(was \["AGENT"\], is \["AGENT","MORE"\]\)\)'),
+        ({"prompt": "Do it at length. " * 20}, r"prompt$"),
         ({"policy": "deny"}, "policy"),
     ],
 )

@@ -727,7 +727,7 @@ def test_budgets_of_the_command_line_hold_beside_those_of_the_file(rollout, tmp_
         ("role", "reviewer", "turns"): 2,
     }
     told = tell(story_of(Path(document["folder"])))
-    assert "budget    the rollout's budget of 1 turns: 1 spent\n" in told
+    assert "budget    the rollout's budget of 1 turn: 1 spent\n" in told
     assert "budget    reviewer's budget of 4 tool calls: 0 spent\n" in told
 
 

@@ -297,7 +297,7 @@ def test_the_machine_is_drawn_in_every_format(rollout):
 
 def test_a_run_is_painted_into_the_file_whose_name_tells_the_format(rollout, folder):
     code, out, _ = rollout("diagram", "--run", str(folder), "-o", "run.svg")
-    assert (code, out) == (0, "")
+    assert (code, out) == (0, "wrote run.svg\n")
     assert "RoleSwapped ×2" in Path("run.svg").read_text()
     document = json.loads(rollout("diagram", "--run", str(folder), "--json")[1])
     assert document["format"] == "mermaid"
@@ -310,10 +310,15 @@ def test_a_file_that_cannot_be_written_is_exit_code_2(rollout):
 
 
 def test_a_folder_without_a_journal_is_an_error_of_one_line(rollout, tmp_path):
-    code, _, err = rollout("diagram", "--run", str(tmp_path))
-    assert code == 1
-    assert "cannot be read" in err
-    assert len(err.splitlines()) == 1
+    for command in (
+        ("diagram", "--run", str(tmp_path)),
+        ("exec", str(tmp_path), "ls"),
+        ("export", str(tmp_path), "--to", "atif"),
+    ):
+        code, _, err = rollout(*command)
+        assert code == 2, command
+        assert "holds no rollout" in err
+        assert len(err.splitlines()) == 1
 
 
 # --- show -------------------------------------------------------------------------------------------------------

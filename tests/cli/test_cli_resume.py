@@ -166,7 +166,8 @@ def test_a_task_an_agent_or_a_folder_that_has_changed_is_refused_by_name(stopped
     waits = tmp_path / "waits.toml"
     kept = waits.read_text()
     waits.write_text(kept.replace("working", "idling"))
-    assert "cannot go on with these: roles (was" in refused(capfd, folder)
+    said = refused(capfd, folder)
+    assert "cannot go on with these: roles (agent: the manifest of agent waits)" in said
     waits.unlink()
     assert "waits.toml: cannot be read" in refused(capfd, folder)
     waits.write_text(kept)
