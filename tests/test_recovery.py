@@ -126,6 +126,14 @@ def test_the_calls_of_the_dead_are_of_whom_their_lines_say_and_refused_ones_of_n
     assert [(share.role, share.turn, share.usage.calls) for share in usage.by_turn] == [("agent", 1, 1), ("user", 0, 1)]
 
 
+def test_the_socket_of_the_dead_process_goes(tmp_path):
+    """Nobody listens at it any more, so nobody may find it."""
+    folder = killed_in("executing", tmp_path)
+    (folder / "control.sock").touch()
+    anyio.run(reap, folder)
+    assert not (folder / "control.sock").exists()
+
+
 def test_reaping_twice_changes_nothing(tmp_path):
     """The second one finds a closed rollout that holds nothing."""
     folder = killed_in("executing", tmp_path)

@@ -85,7 +85,7 @@ def verdict(**facts):
     [
         ({"ending": "rewarded", "ended_by": "deadline"}, "agent", "verified; the last turn ended by deadline"),
         ({"ending": "rewarded"}, "agent", "none was taken"),
-        ({"ending": "unverified"}, "agent", "the host has its own verifier"),
+        ({"ending": "unverified"}, "agent", "its host has one of its own"),
         (
             {"ending": "void", "ledger": (turn(2, 2),)},
             "provider",

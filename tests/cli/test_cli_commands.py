@@ -279,6 +279,19 @@ def test_a_wrong_manifest_is_an_error_that_says_which_key(rollout, manifest, sai
     assert said in out
 
 
+def test_a_traceback_is_told_from_its_end(folder):
+    """The last frame is that of what a user brought, and the last line says what it raised."""
+    story = story_of(folder)
+    frames = [f'  File "/lib/ours.py", line {n}, in call' for n in range(30)]
+    note = "\n".join(
+        ["Traceback (most recent call last):", *frames, '  File "mine.py", line 7, in mine', "KeyError: 'x'"]
+    )
+    told = tell(attrs.evolve(story, result=attrs.evolve(story.result, notes=(note,))))
+    assert 'File "mine.py", line 7, in mine' in told
+    assert "KeyError: 'x'" in told
+    assert "line 3, in call" not in told
+
+
 # --- diagram ----------------------------------------------------------------------------------------------------
 
 
