@@ -1237,10 +1237,11 @@ def conformance(sandbox: str, *, sandbox_options: tuple[str, ...], image: str | 
     import anyio
 
     from orchestrator.conformance import SANDBOX_CLAUSES, Outcome, run_clauses
-    from orchestrator.sandboxes import SandboxSpec, check_sandbox, lacks, make_sandbox
+    from orchestrator.sandboxes import SandboxSpec, check_made, check_sandbox, lacks, make_sandbox
 
     options = _pairs("--sandbox-option", sandbox_options)
     check_sandbox(sandbox, options)
+    check_made(SandboxSpec(sandbox, "conformance", image=image, options=options))
     clauses = [clause for clause in SANDBOX_CLAUSES if word in clause.name]
     if not clauses:
         raise ConfigError(f"-k {word}: no clause has that in its name")
@@ -1254,7 +1255,7 @@ def conformance(sandbox: str, *, sandbox_options: tuple[str, ...], image: str | 
             click.echo(
                 f"{click.style('pass', fg='green') if outcome.passed else click.style('FAIL', fg='red')}  ", nl=False
             )
-            click.echo(outcome.clause.asserts if outcome.passed else f"{outcome.clause.name}: {outcome.said}")
+            click.echo(f"{outcome.clause.name}: {outcome.clause.asserts if outcome.passed else outcome.said}")
 
     async def run_all() -> tuple[Outcome, ...]:
         return await run_clauses(clauses, make, lacks=lacks(sandbox), tell=tell)

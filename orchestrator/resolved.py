@@ -18,11 +18,12 @@ from orchestrator.directing import check_agent_of
 from orchestrator.journal import encode_any
 from orchestrator.metering import Cast, Metering
 from orchestrator.redact import Redactor, secrets_of
-from orchestrator.sandboxes import check_sandbox
+from orchestrator.sandboxes import SandboxSpec, check_made, check_sandbox
 from states.errors import ConfigError, MissingExtra
 from states.machine import Rules
 
 TURN_SEC = 900.0
+ORACLE = "orchestrator.agents.oracle:Oracle"
 
 
 @attrs.frozen
@@ -109,6 +110,7 @@ def resolve(config: RolloutConfig) -> Resolved:
     """Find and check what it names. Raises `ConfigError`, a `TaskError` for a malformed task."""
     check_sandbox(config.sandbox, config.sandbox_options, config.network)
     task, scene, led = _task(config), config.the_scene(), config.the_director()
+    check_made(sandbox_of(config, task))
     roles = scene.roles if led is None else (*scene.roles, led.role)
     cast = {role.name: _cast(config, role, task) for role in roles}
     limits = config.limits()
@@ -116,6 +118,25 @@ def resolve(config: RolloutConfig) -> Resolved:
     if led is not None:
         _check_director(config, led, cast[led.role.name], tracking)
     return Resolved(config, task, scene, led, cast, limits, tracking)
+
+
+def sandbox_of(config: RolloutConfig, task: Any) -> SandboxSpec:
+    """The sandbox that is asked for, but for what only a rollout that runs knows: its name, gateway and labels."""
+    limits = task.limits if task is not None else None
+    return SandboxSpec(
+        sandbox=config.sandbox,
+        name="rollout",
+        cwd=(task.workdir if task is not None else None) or "/app",
+        network=config.network,
+        cpus=limits.cpus if limits else None,
+        memory_mb=limits.memory_mb if limits else None,
+        storage_mb=limits.storage_mb if limits else None,
+        gpus=limits.gpus if limits else None,
+        image=config.image or (task.docker_image if task is not None else None),
+        build=task.dockerfile.parent if task is not None and task.dockerfile else None,
+        image_map=config.image_map,
+        options=config.sandbox_options,
+    )
 
 
 def _check_director(config: RolloutConfig, led: DirectorRole, member: Cast, tracking: Metering) -> None:
@@ -151,6 +172,9 @@ def _cast(config: RolloutConfig, role: Any, task: Any) -> Cast:
             f"agent {agent.name} needs {missing[0]}, which is not installed: pip install "
             f"'rollout-orchestrator[{agent.name}]'"
         )
+    if agent.session_factory == ORACLE and (task is None or task.solution is None):
+        what = "there is no task" if task is None else f"task {task.name} has no solve.sh"
+        raise ConfigError(f"agent {agent.name} runs the solution of a task, and {what}; give another agent, or task")
     own = role.turn_sec or config.turn_sec or (task.agent_timeout_sec if task is not None else None)
     return Cast(
         role,

@@ -38,7 +38,7 @@ from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
 from orchestrator.redact import RedactingSink, Redactor
 from orchestrator.registry import Place
-from orchestrator.resolved import Resolved, resolve
+from orchestrator.resolved import Resolved, resolve, sandbox_of
 from orchestrator.result import RolloutResult, driven_sec, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, make_sandbox
 from orchestrator.telemetry import Telemetry
@@ -336,24 +336,13 @@ class LiveWorld:
 
     def _spec(self) -> SandboxSpec:
         gateway = self.models.gateway
-        limits = self.task.limits if self.task is not None else None
-        return SandboxSpec(
-            sandbox=self.config.sandbox,
+        return attrs.evolve(
+            sandbox_of(self.config, self.task),
             name=f"rollout-{self.id}",
-            cwd=(self.task.workdir if self.task is not None else None) or "/app",
             gateway_port=gateway.port if gateway is not None else None,
             gateway_socket=gateway.socket_path if gateway is not None else None,
-            network=self.config.network,
-            cpus=limits.cpus if limits else None,
-            memory_mb=limits.memory_mb if limits else None,
-            storage_mb=limits.storage_mb if limits else None,
-            gpus=limits.gpus if limits else None,
-            image=self.config.image or (self.task.docker_image if self.task is not None else None),
-            build=self.task.dockerfile.parent if self.task is not None and self.task.dockerfile else None,
-            image_map=self.config.image_map,
             labels=labels_of(self.id, self.folder),
             ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
-            options=self.config.sandbox_options,
             note=self.note,
             lost=self._lost,
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),

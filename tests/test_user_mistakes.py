@@ -11,6 +11,7 @@ from orchestrator.directors import until_approved, until_verified
 from orchestrator.metering import SOCKET, SOCKET_FOLDER, remove_socket
 from orchestrator.registry import default_registry
 from orchestrator.sandboxes.fake import FakeSandbox
+from orchestrator.tasks import demo_task, load_task
 from states.errors import ConfigError as StatesConfigError
 from states.events import Failure
 
@@ -37,6 +38,36 @@ def test_a_network_that_a_sandbox_cannot_give_is_refused_before_there_is_a_folde
         Rollout(wanted)
     assert not (tmp_path / "runs").exists()
     Rollout(attrs.evolve(wanted, sandbox="fake"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"sandbox": "docker"}, "a docker sandbox needs an image"),
+        (
+            {"sandbox": "docker", "image": "debian", "sandbox_options": {"engine": "tcp://there:2375"}},
+            "the engine at tcp://there:2375 cannot see this machine's folders",
+        ),
+        ({"sandbox": "docker", "image": "debian"}, "the engine at ssh://there cannot see this machine's folders"),
+        ({"sandbox": "daytona"}, "set DAYTONA_API_KEY"),
+        ({"sandbox": "daytona", "sandbox_options": {"channel": "telepathy"}}, "channel is session or pty"),
+        ({"sandbox": "fake", "agent": "oracle"}, "runs the solution of a task, and there is no task"),
+    ],
+)
+def test_what_can_be_known_to_fail_without_asking_anybody_is_refused(tmp_path, monkeypatch, settings, sentence):
+    """No rollout is begun for it, so there is no folder of one that failed."""
+    monkeypatch.delenv("DAYTONA_API_KEY", raising=False)
+    monkeypatch.setenv("DOCKER_HOST", "ssh://there")
+    with pytest.raises(ConfigError, match=sentence):
+        Rollout(RolloutConfig(**{"prompt": "x", "agent": "noop", **settings}, out=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_oracle_for_a_task_without_a_solution_is_refused():
+    """It is no failure of an agent."""
+    task = attrs.evolve(load_task(demo_task()), solution=None)
+    with pytest.raises(ConfigError, match=r"agent oracle runs the solution of a task, and task \S+ has no solve\.sh"):
+        Rollout(RolloutConfig(task=task, agent="oracle", sandbox="fake", out=None))
 
 
 def test_an_agent_whose_library_is_not_installed_is_refused_before_there_is_a_folder(tmp_path):

@@ -110,6 +110,15 @@ def check_sandbox(
             raise ConfigError("sandbox_options are for a sandbox that is made here, not for one that is brought")
 
 
+def check_made(spec: SandboxSpec) -> None:
+    """Raise `ConfigError` where a kind that ships knows, without asking anybody, that what is asked for cannot be.
+
+    What a user brings is not made for a trial: we do not know what that would do.
+    """
+    if isinstance(spec.sandbox, str) and spec.sandbox in KINDS:
+        _kind(spec.sandbox).make(spec)
+
+
 def make_sandbox(spec: SandboxSpec) -> Sandbox:
     """The sandbox that `spec` asks for; nothing is started. Raises `ConfigError` for a name that means nothing."""
     wanted: Any = spec.sandbox

@@ -66,11 +66,7 @@ class Engine:
                 "the docker sandbox needs asyncio: its client runs on no other loop, such as trio"
             ) from exc
         url = url or engine_url()
-        if not url.startswith("unix://"):
-            raise ConfigError(
-                f"the engine at {url} cannot see this machine's folders, which a docker sandbox binds: give one that "
-                "runs here, as unix:///PATH (DOCKER_HOST, or --sandbox-option engine=...)"
-            )
+        check_engine(url)
         return cls(url)
 
     @property
@@ -121,6 +117,19 @@ class EngineError(SandboxError):
 def said(exc: BaseException) -> str:
     """What an error says, in one line; some of aiohttp's say nothing."""
     return " ".join(str(exc).split()) or type(exc).__name__
+
+
+def check_engine(url: str | None = None) -> None:
+    """Raise `ConfigError` when `url`, else what DOCKER_HOST or the current context says, is no engine on this machine.
+
+    Nobody is asked, and where nothing is said nothing is wrong yet.
+    """
+    url = url or os.environ.get("DOCKER_HOST") or _context_url()
+    if url and not url.startswith("unix://"):
+        raise ConfigError(
+            f"the engine at {url} cannot see this machine's folders, which a docker sandbox binds: give one that "
+            "runs here, as unix:///PATH (DOCKER_HOST, or --sandbox-option engine=...)"
+        )
 
 
 def engine_url() -> str:

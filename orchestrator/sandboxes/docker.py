@@ -46,7 +46,7 @@ from aiodocker.exceptions import DockerError
 
 from orchestrator._tasks import Detached, first_of
 from orchestrator.sandboxes import Network, SandboxSpec, container
-from orchestrator.sandboxes._docker_engine import Engine, EngineError
+from orchestrator.sandboxes._docker_engine import Engine, EngineError, check_engine
 from orchestrator.sandboxes._docker_image import Image, find_image
 from orchestrator.sandboxes._docker_kit import IDLE, Kit, make_kit
 from orchestrator.sandboxes._files import open_source, open_target
@@ -787,7 +787,8 @@ def _bind(host: Path, inside: str, *, read_only: bool) -> dict[str, Any]:
 
 
 def make(spec: SandboxSpec) -> DockerSandbox:
-    """The docker sandbox that a rollout's config asks for."""
+    """The docker sandbox that a rollout's config asks for. Raises `ConfigError`: no image, or an engine elsewhere."""
+    check_engine(spec.options.get("engine"))
     reach = None
     if spec.gateway_port is not None and spec.gateway_socket is not None:
         reach = GatewayReach(spec.gateway_socket, spec.gateway_port)

@@ -15,6 +15,7 @@ from harness import build
 from test_diagram import journal_of, write_journal
 
 from orchestrator import cli
+from orchestrator.conformance import SANDBOX_CLAUSES
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
 from orchestrator.show import _step, one_line, plain, rollouts_in, story_of, table, tell, tell_shortly
@@ -558,7 +559,9 @@ def test_a_sandbox_that_conforms_is_told_clause_by_clause(rollout):
     """The clauses that it cannot meet by design are counted, not passed over."""
     code, out, _ = rollout("conformance", "fake")
     assert code == 0
-    assert "pass  Starting or stopping twice is nothing" in out
+    name, asserts = re.search(r"pass  (\w+): (Starting or stopping twice is nothing)", out).groups()
+    assert (name, asserts) in {(clause.name, clause.asserts[: len(asserts)]) for clause in SANDBOX_CLAUSES}
+    assert rollout("conformance", "fake", "-k", name)[0] == 0, "what is printed is what -k takes"
     assert re.search(r"\d+ of \d+ clauses hold; \d+ left out", out)
 
 
@@ -581,6 +584,17 @@ def test_conformance_of_what_there_is_not_is_a_mistake(rollout, arguments):
     code, _, err = rollout("conformance", *arguments)
     assert code == 2
     assert arguments[-1] in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("docker", "a docker sandbox needs an image"), ("daytona", "set DAYTONA_API_KEY")]
+)
+def test_conformance_of_a_sandbox_that_cannot_be_made_says_so_once(rollout, monkeypatch, kind, said):
+    """Not once a clause: exit code 2, one line, and nothing was started."""
+    monkeypatch.delenv("DAYTONA_API_KEY", raising=False)
+    code, out, err = rollout("conformance", kind)
+    assert (code, out) == (2, "")
+    assert err.count(said) == 1
 
 
 @pytest.mark.parametrize("name", ["picture.png", "picture"])
