@@ -43,7 +43,7 @@ def test_a_network_that_a_sandbox_cannot_give_is_refused_before_there_is_a_folde
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"sandbox": "docker"}, "a docker sandbox needs an image"),
+        ({"sandbox": "docker", "sandbox_options": {"engine": "unix:///here"}}, "a docker sandbox needs an image"),
         (
             {"sandbox": "docker", "image": "debian", "sandbox_options": {"engine": "tcp://there:2375"}},
             "the engine at tcp://there:2375 cannot see this machine's folders",
