@@ -12,6 +12,7 @@ from docker_images import DEBIAN
 from orchestrator import Rollout, RolloutConfig, cli
 from orchestrator.kept import exec_in
 from orchestrator.recovery import reap
+from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.tasks import demo_task
 from states.errors import ConfigError, SandboxError
 
@@ -87,3 +88,20 @@ def test_a_rollout_that_succeeded_kept_nothing(play):
     right = [{"shell": "s=0; while read -r n; do s=$((s + n)); done < numbers.txt; echo $s > answer.txt"}]
     with pytest.raises(AssertionError, match="closed/rewarded"):
         play(env={"ROLLOUT_SCRIPT": json.dumps({"turns": [right]})})
+
+
+class Stubborn(FakeSandbox):
+    """One that cannot be let be."""
+
+    async def leave(self):
+        raise SandboxError("its engine is away")
+
+
+@pytest.mark.anyio
+async def test_a_kept_sandbox_that_cannot_be_let_be_is_kept_as_it_is():
+    """The ending stands, and a note says what is still at work in it."""
+    result = await Rollout(
+        RolloutConfig(prompt="go", agent="scripted", sandbox=Stubborn(), verifier=None, out=None, keep_sandbox="always")
+    ).run()
+    assert result.state == "closed/unverified"
+    assert any("was kept as it is: SandboxError: its engine is away" in note for note in result.notes)
