@@ -287,8 +287,8 @@ class JournalWriter:
         self._append(make(len(self.records), self._clock()))
 
     def moved(self, source: str, event: Event, dest: str, cause: Cause) -> Transition:
-        """Append a transition."""
-        record = Transition(len(self.records), self._clock(), source, event, dest, cause)
+        """Append a transition. What the event hands over is for the next state alone, and not kept here."""
+        record = Transition(len(self.records), self._clock(), source, event.without_live(), dest, cause)
         self._append(record)
         return record
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from states.errors import ConfigError
 from states.journal import LeaseRecord
 from states.ports import Lease
 
@@ -20,10 +21,10 @@ GiveBack = Callable[[Lease], Awaitable[tuple[str, ...]]]
 
 @attrs.define(eq=False)
 class JournaledLeases:
-    """`states.ports.Leases` over a journal. `ways` says how each kind is given back."""
+    """`states.ports.Leases` over a journal, given back by `way`."""
 
     _write: Callable[[Callable[[int, float], LeaseRecord]], None]
-    _ways: Mapping[str, GiveBack]
+    _way: GiveBack
     _open: dict[tuple[str, str], Lease] = attrs.field(factory=dict)
 
     def intend(self, kind: str, name: str) -> None:
@@ -53,6 +54,14 @@ class JournaledLeases:
 
     async def give_back(self, lease: Lease) -> tuple[str, ...]:
         """Give it back and journal that; raises what went wrong, and then it stays open."""
-        evidence = await self._ways[lease.kind](lease)
+        evidence = await self._way(lease)
         self.returned(lease.kind, lease.name)
         return evidence
+
+    def close(self) -> None:
+        """The rollout is closed: let go of who gave back, so that it is freed without waiting for a collector."""
+        self._way = _closed
+
+
+async def _closed(lease: Lease) -> tuple[str, ...]:
+    raise ConfigError(f"{lease.kind} {lease.name} is for `rollout reap` to give back: its rollout is closed")

@@ -264,14 +264,12 @@ class ReaperWorld:
         folder, folded, header = taken.folder, taken.folded, taken.folded.header
         clock = RolloutConfig(agent="", prompt="", registry=Registry()).clock
         journal = JournalWriter(taken.sink, clock, header, taken.records)
-        kinds = ("sandbox", "agent", "director", "gateway-key", "process", "tests")
-        ways = dict.fromkeys(kinds, taken.reap)
         return cls(
             header.rollout,
             folder,
             folded.rules,
             journal,
-            JournaledLeases(journal.write, ways, dict(folded.leases)),
+            JournaledLeases(journal.write, taken.reap, dict(folded.leases)),
             LoggedMeter(folder / "llm.jsonl", folded.position.facts.role, folded.position.facts.prompted),
             Telemetry(header, str, journal.note),
         )

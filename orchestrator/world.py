@@ -53,6 +53,7 @@ from states.ports import (
     Connection,
     Keepable,
     Lease,
+    LeaseKind,
     Meter,
     OpenTurn,
     Plan,
@@ -201,28 +202,32 @@ class LiveWorld:
     leases: JournaledLeases = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        ways = {
-            "sandbox": self._stop_sandbox,
-            "agent": self._end_agent,
-            "director": self._end_director,
-            "gateway-key": self._close_models,
-            "process": self._close_models,
-            "tests": self._remove_tests,
-        }
         if self._inherited is not None:
             self._left.update(self._inherited.folded.leases)
             self.models.before = self._inherited.calls
             self._spent.append(driven_sec(self._inherited.records))
-        ways = {kind: functools.partial(self._give_back, way) for kind, way in ways.items()}
-        self.leases = self.models.leases = JournaledLeases(self.journal.write, ways, dict(self._left))
+        self.leases = self.models.leases = JournaledLeases(self.journal.write, self._give_back, dict(self._left))
 
-    async def _give_back(self, way: GiveBack, lease: Lease) -> tuple[str, ...]:
+    async def _give_back(self, lease: Lease) -> tuple[str, ...]:
         """By our own way; what a dead process took, and we have not, by its reaper's."""
         if self._inherited is None or (lease.kind, lease.name) not in self._left:
-            return await way(lease)
+            return await self._way_of(lease.kind)(lease)
         evidence = await self._inherited.reap(lease)
         del self._left[lease.kind, lease.name]
         return evidence
+
+    def _way_of(self, kind: LeaseKind) -> GiveBack:
+        match kind:
+            case "sandbox":
+                return self._stop_sandbox
+            case "agent":
+                return self._end_agent
+            case "director":
+                return self._end_director
+            case "gateway-key" | "process":
+                return self._close_models
+            case "tests":
+                return self._remove_tests
 
     # --- time and the operator ---
 
@@ -629,8 +634,10 @@ class LiveWorld:
         return redacted(result, self._redactor.text)
 
     def close(self, position: Position) -> None:
-        """Write the result and give the files back."""
+        """Write the result and give the files back. What is left is read, and held by nobody but its reader."""
         self._close_files()
+        self.leases.close()
+        self.on_loss.clear()
         while self._scratch:
             shutil.rmtree(self._scratch.pop(), ignore_errors=True)
         if self.folder is not None:

@@ -10,7 +10,7 @@ Usage names are those of the OpenTelemetry GenAI conventions (`gen_ai.usage.inpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import attrs
 
@@ -31,10 +31,6 @@ class _Absent:
 
 
 ABSENT: Any = _Absent()
-
-
-def _live() -> Any:
-    return attrs.field(default=ABSENT, eq=False, repr=False, kw_only=True, metadata={"live": True})
 
 
 @attrs.frozen
@@ -156,6 +152,21 @@ class Event:
         """What the journal keeps: every field but live ones."""
         return attrs.asdict(self, filter=lambda a, _: "live" not in a.metadata)
 
+    def without_live(self) -> Self:
+        """The same for whoever keeps it: a live value is for the next state alone."""
+        return self
+
+
+@attrs.frozen
+class Handover(Event):
+    """Base of the events that hand a live value to the next state."""
+
+    live: Any = attrs.field(default=ABSENT, eq=False, repr=False, kw_only=True, metadata={"live": True})
+
+    def without_live(self) -> Self:
+        """See `Event.without_live`."""
+        return attrs.evolve(self, live=ABSENT)
+
 
 # --- coming up -----------------------------------------------------------------------------------------------
 
@@ -168,30 +179,27 @@ class Provisioned(Event):
 
 
 @attrs.frozen
-class RoleAssigned(Event):
+class RoleAssigned(Handover):
     """The plan gave the next turn to this role; an agent is to be connected."""
 
     role: str
     next: Next
-    live: Any = _live()
 
 
 @attrs.frozen
-class AcpOpened(Event):
+class AcpOpened(Handover):
     """An agent answered the ACP handshake and opened a session."""
 
     session_id: str
     agent: str = ""
-    live: Any = _live()
 
 
 @attrs.frozen
-class FactoryOpened(Event):
+class FactoryOpened(Handover):
     """A session-factory's `connect` returned a Session."""
 
     session_id: str
     agent: str = ""
-    live: Any = _live()
 
 
 @attrs.frozen
@@ -210,14 +218,13 @@ class ConnectFailed(Event):
 
 
 @attrs.frozen
-class Prompted(Event):
+class Prompted(Handover):
     """A prompt is about to be sent: the turn is open."""
 
     turn: int
     role: str
     text: str
     budgets: Mapping[str, float] = attrs.field(factory=dict)
-    live: Any = _live()
 
 
 @attrs.frozen

@@ -75,11 +75,14 @@ class AskUserRequest:
     kind: Literal["permission", "elicitation", "approval"] = "permission"
 
 
+LeaseKind = Literal["sandbox", "agent", "director", "gateway-key", "process", "tests"]
+
+
 @attrs.frozen
 class Lease:
     """Something that we hold and must give back. `name` is chosen by us and journaled before it is taken."""
 
-    kind: Literal["sandbox", "agent", "director", "gateway-key", "process", "tests"]
+    kind: LeaseKind
     name: str
     handle: Mapping[str, Any] = attrs.field(factory=dict)
 
