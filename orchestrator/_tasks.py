@@ -163,6 +163,9 @@ async def first_of(*waits: Callable[[], Awaitable[T]]) -> T:
                 results[number] = await wait()
             except Exception as error:
                 errors.append(error)
+            except anyio.get_cancelled_exc_class():
+                if not results and not errors:
+                    raise  # from outside; our own ends here, as its traceback would hold all that it went through
             group.cancel_scope.cancel()
 
         for number, wait in enumerate(waits):

@@ -46,32 +46,33 @@ class Hold:
     """What an operator holds: while it is held, the plan's next decision is a pause. Its time is not the rollout's."""
 
     _monotonic: Callable[[], float]
-    _held: list[tuple[str, anyio.Event]] = attrs.field(factory=list, init=False)
-    _by: list[str] = attrs.field(factory=list, init=False)
+    _held: tuple[str, anyio.Event] | None = attrs.field(default=None, init=False)
+    _by: str = attrs.field(default="operator", init=False)
     paused_sec: float = attrs.field(default=0.0, init=False)
 
     def pause(self, by: str) -> None:
         """Hold the plan. Who holds it already goes on to."""
-        if not self._held:
-            self._held.append((by, anyio.Event()))
+        if self._held is None:
+            self._held = by, anyio.Event()
 
     def resume(self, by: str) -> None:
         """Let it go on."""
-        self._by.append(by)
-        while self._held:
-            self._held.pop()[1].set()
+        self._by = by
+        if self._held is not None:
+            self._held[1].set()
+            self._held = None
 
     @property
     def held(self) -> str | None:
         """Who holds it; None while nobody does."""
-        return self._held[0][0] if self._held else None
+        return self._held[0] if self._held is not None else None
 
     async def resumed(self) -> str:
         """Wait until it is not held any more; who let it go."""
         since = self._monotonic()
         try:
-            while self._held:
-                await self._held[0][1].wait()
+            while self._held is not None:
+                await self._held[1].wait()
         finally:
             self.paused_sec += self._monotonic() - since
-        return self._by[-1] if self._by else "operator"
+        return self._by

@@ -262,18 +262,18 @@ class Telemetry:
     _header: Header
     _redact: Callable[[str], str]
     _note: Callable[[str], None]
-    _telling: list[Telling] = attrs.field(factory=list, init=False)
-    _asked: list[bool] = attrs.field(factory=list, init=False)
+    _telling: Telling | None = attrs.field(default=None, init=False)
+    _asked: bool = attrs.field(default=False, init=False)
     """Whether it was asked who listens since it is driven."""
 
     @contextlib.contextmanager
     def driving(self, state: str, at: Callable[[], float]) -> Iterator[None]:
         """Around a state's handler: its span is the current one. The first time, look who listens."""
         if not self._asked:
-            self._asked.append(True)
+            self._asked = True
             with self._harmless():
                 self._begin(state, at)
-        here = self._telling[0].here if self._telling else None
+        here = self._telling.here if self._telling is not None else None
         if here is None:
             yield
             return
@@ -292,38 +292,39 @@ class Telemetry:
         telling = Telling(spans, self._header, self._redact)
         telling.began(state, None if state == INITIAL else at())
         if telling.here is not None and telling.here.span.is_recording():
-            self._telling.append(telling)
+            self._telling = telling
 
     def moved(self, moved: Transition) -> None:
         """A transition was journaled."""
+        if self._telling is None:
+            return
         with self._harmless():
-            for telling in self._telling:
-                telling.moved(moved)
+            self._telling.moved(moved)
 
     def called(self, line: Mapping[str, Any]) -> None:
         """A model call was written to `llm.jsonl`."""
-        if not self._telling or line.get("via") == "refused":  # a budget was spent: no model heard of it
+        if self._telling is None or line.get("via") == "refused":  # a budget was spent: no model heard of it
             return
         from orchestrator.export.recorded import Call
 
         with self._harmless():
-            for telling in self._telling:
-                telling.called(Call.of(line))
+            self._telling.called(Call.of(line))
 
     def over(self, result: Callable[[], RolloutResult], now: Callable[[], float], closed: float | None) -> None:
         """It was closed then, or is driven no more from now on. Idempotent; who drives it on begins anew."""
         # If it ends because its journal cannot be written, tracing that raises as well can be told to nobody.
         with contextlib.suppress(JournalError), self._harmless():
-            while self._telling:
-                self._telling.pop().over(result(), now() if closed is None else closed)
-        self._asked.clear()
+            if (telling := self._telling) is not None:
+                self._telling = None
+                telling.over(result(), now() if closed is None else closed)
+        self._asked = False
 
     @contextlib.contextmanager
     def _harmless(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._telling.clear()
+            self._telling = None
             self._note(f"tracing raised {type(error).__name__} and was left alone from there: {said(error)}")
 
 

@@ -123,17 +123,21 @@ class BroughtVerifier:
 class Bell:
     """Wakes whoever waits for something to have changed."""
 
-    _rings: list[anyio.Event] = attrs.field(factory=lambda: [anyio.Event()], init=False)
+    _rung: anyio.Event | None = attrs.field(default=None, init=False)
+    """What those who wait are woken by; there while somebody does."""
 
     def ring(self) -> None:
         """Something changed."""
-        self._rings.pop().set()
-        self._rings.append(anyio.Event())
+        if self._rung is not None:
+            self._rung.set()
+            self._rung = None
 
     async def until(self, changed: Callable[[], T | None]) -> T:
         """What `changed` returns, as soon as that is not None."""
         while (found := changed()) is None:
-            await self._rings[0].wait()
+            if self._rung is None:
+                self._rung = anyio.Event()
+            await self._rung.wait()
         return found
 
 
@@ -185,27 +189,26 @@ class LiveWorld:
     _inherited: Inherited | None = None
     _left: dict[tuple[str, str], Lease] = attrs.field(factory=dict, init=False)
     """Leases of a dead process that are not ours yet."""
-    _evidence: list[str] = attrs.field(factory=list, init=False)
+    _evidence: tuple[str, ...] = attrs.field(default=(), init=False)
     """How it is known that nothing which a dead process started is alive."""
     _places: dict[str, Place] = attrs.field(factory=dict, init=False)
-    _sandboxes: list[Sandbox] = attrs.field(factory=list, init=False)
-    _verifiers: list[Verifier] = attrs.field(factory=list, init=False)
     _handles: dict[str, SandboxHandle] = attrs.field(factory=dict, init=False)
-    _began: list[float] = attrs.field(factory=list, init=False)
-    _spent: list[float] = attrs.field(factory=list, init=False)
+    _began: float | None = attrs.field(default=None, init=False)
+    """When its clock started, by the monotonic one."""
+    _spent: float = attrs.field(default=0.0, init=False)
     """Seconds that an earlier process had driven it."""
-    _stops: list[str] = attrs.field(factory=list, init=False)
+    _stopped_by: str | None = attrs.field(default=None, init=False)
     on_loss: list[Callable[[str], None]] = attrs.field(factory=list, init=False)
     """Who is told when the sandbox goes away by itself."""
-    _scratch: list[Path] = attrs.field(factory=list, init=False)
-    _directors: list[AgentDirector] = attrs.field(factory=list, init=False)
+    _scratch: Path | None = attrs.field(default=None, init=False)
+    _director: AgentDirector | None = attrs.field(default=None, init=False)
     leases: JournaledLeases = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         if self._inherited is not None:
             self._left.update(self._inherited.folded.leases)
             self.models.before = self._inherited.calls
-            self._spent.append(driven_sec(self._inherited.records))
+            self._spent = driven_sec(self._inherited.records)
         self.leases = self.models.leases = JournaledLeases(self.journal.write, self._give_back, dict(self._left))
 
     async def _give_back(self, lease: Lease) -> tuple[str, ...]:
@@ -237,9 +240,9 @@ class LiveWorld:
         if limit is None:
             return math.inf
         now = self.config.monotonic()
-        if not self._began:
-            self._began.append(now)
-        return max(0.0, limit - sum(self._spent) - (now - self._began[0] - self._hold.paused_sec))
+        if self._began is None:
+            self._began = now
+        return max(0.0, limit - self._spent - (now - self._began - self._hold.paused_sec))
 
     def deadline(self, state: str, stage: Stage, facts: Facts) -> Deadline:
         """How long `state` may take from now, and whose limit that is."""
@@ -269,11 +272,11 @@ class LiveWorld:
     @property
     def leaving(self) -> bool:
         """Whether the rollout is to stop being driven at the next `disconnected`."""
-        return bool(self._stops)
+        return self._stopped_by is not None
 
     def leave(self, by: str) -> None:
         """Keep no session, and no pause: it is to stop being driven. Raises `JournalError`."""
-        self._stops.append(by)
+        self._stopped_by = by
         self._hold.resume(by)
         self.journal.write(lambda seq, now: Stopped(seq, now, by))
 
@@ -332,12 +335,10 @@ class LiveWorld:
         self._left.clear()
         await self._bring_gateway()
 
-    @property
+    @functools.cached_property
     def sandbox(self) -> Sandbox:
         """Where it runs; made when first asked for, which is after `prepare`."""
-        if not self._sandboxes:
-            self._sandboxes.append(make_sandbox(self._spec()))
-        return self._sandboxes[0]
+        return make_sandbox(self._spec())
 
     def _spec(self) -> SandboxSpec:
         gateway = self.models.gateway
@@ -348,15 +349,10 @@ class LiveWorld:
             gateway_socket=gateway.socket_path if gateway is not None else None,
             labels=labels_of(self.id, self.folder),
             ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
-            note=self.note,
-            lost=self._lost,
+            note=self.journal.note,
+            lost=functools.partial(_tell, self.on_loss),
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),
         )
-
-    def _lost(self, why: str) -> None:
-        """The sandbox went away by itself."""
-        for tell in self.on_loss:
-            tell(why)
 
     async def install(self) -> None:
         """Bring the gateway within reach, and the task's files in; what is missing without a build is a note."""
@@ -376,7 +372,7 @@ class LiveWorld:
     async def _bring_gateway(self) -> None:
         callers = [member for member in self.cast.values() if member.agent.calls_model]
         if self.tracking.tracked and any(member.agent.calls_from == "sandbox" for member in callers):
-            await self.models.reach_from(self.sandbox, self.note)
+            await self.models.reach_from(self.sandbox, self.journal.note)
 
     # --- agents ---
 
@@ -406,7 +402,7 @@ class LiveWorld:
             api_key=key,
             task=self.task,
             keep_stderr=functools.partial(self._keep_stderr, handle),
-            note=self.note,
+            note=self.journal.note,
         )
 
     def _keep_stderr(self, handle: str, text: str) -> None:
@@ -456,11 +452,11 @@ class LiveWorld:
             segment,
             used,
             self.time_left,
-            self.note,
+            self.journal.note,
             lambda: str(self._gone(limits, Facts()) or ""),
         )
-        self._directors.append(director)
-        self.plan = DirectedPlan(director, self.story, roles, self.config.max_checks, self.note)
+        self._director = director
+        self.plan = DirectedPlan(director, self.story, roles, self.config.max_checks, self.journal.note)
 
     async def dismiss(self) -> None:
         """Close the sessions of a director, where an agent is one."""
@@ -468,7 +464,7 @@ class LiveWorld:
             await self.leases.give_back(lease)
 
     async def _end_director(self, lease: Lease) -> tuple[str, ...]:
-        return tuple([said for director in self._directors for said in await director.end(lease.name)])
+        return tuple(await self._director.end(lease.name)) if self._director is not None else ()
 
     def recovered_segment(self, number: int) -> TurnSegment:
         """The same segment, read back from disk by a new process."""
@@ -519,14 +515,9 @@ class LiveWorld:
 
     # --- the end ---
 
-    @property
+    @functools.cached_property
     def verifier(self) -> Verifier:
         """Who gives the reward."""
-        if not self._verifiers:
-            self._verifiers.append(self._make_verifier())
-        return self._verifiers[0]
-
-    def _make_verifier(self) -> Verifier:
         if self.config.verifier == "task" and self.task is not None:
             from orchestrator.verifier import TaskVerifier
 
@@ -535,15 +526,15 @@ class LiveWorld:
             )
         if self.config.verifier is None or isinstance(self.config.verifier, str):
             return NoVerifier()
-        return BroughtVerifier(self.config.verifier, self.note)
+        return BroughtVerifier(self.config.verifier, self.journal.note)
 
     def _artifacts(self) -> Path:
         """The rollout's folder, or one of our own that goes when it is closed."""
         if self.folder is not None:
             return self.folder
-        if not self._scratch:
-            self._scratch.append(Path(tempfile.mkdtemp(prefix="rollout-")))
-        return self._scratch[0]
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="rollout-"))
+        return self._scratch
 
     async def collect(self) -> None:
         """Bring the agents' logs home."""
@@ -564,8 +555,8 @@ class LiveWorld:
         if isinstance(connection, Connection):
             with contextlib.suppress(Exception):
                 await connection.seat.transport.quiescing(connection)
-        for director in self._directors:
-            await director.abandon()
+        if self._director is not None:
+            await self._director.abandon()
         for handle in self._handles.values():
             with contextlib.suppress(Exception):
                 await handle.end()
@@ -606,7 +597,7 @@ class LiveWorld:
 
     async def _end_agent(self, lease: Lease) -> tuple[str, ...]:
         handle = self._handles.get(lease.name)
-        return await handle.end() if handle else tuple(self._evidence) or ("no such handle in this process",)
+        return await handle.end() if handle else self._evidence or ("no such handle in this process",)
 
     async def _close_models(self, _lease: Lease) -> tuple[str, ...]:
         await self.models.close()
@@ -624,7 +615,7 @@ class LiveWorld:
         """What came of it so far, where it stands at `position`: what folding the journal would give, without that."""
         leases: dict[tuple[str, str], Lease] = {(lease.kind, lease.name): lease for lease in self.leases.open()}
         result = result_of(
-            Folded(self.journal.header, position, leases, stopped="".join(self._stops[-1:])),
+            Folded(self.journal.header, position, leases, stopped=self._stopped_by or ""),
             self.journal.records,
             task=self.task.name if self.task is not None else "",
             tracking="metered" if self.tracking.tracked else "untracked",
@@ -638,10 +629,15 @@ class LiveWorld:
         self._close_files()
         self.leases.close()
         self.on_loss.clear()
-        while self._scratch:
-            shutil.rmtree(self._scratch.pop(), ignore_errors=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if self.folder is not None:
             write_result(self.folder, self.result(position), self._redactor.document)
+
+
+def _tell(those: Iterable[Callable[[str], None]], why: str) -> None:
+    for tell in those:
+        tell(why)
 
 
 def write_result(folder: Path, result: RolloutResult, redact: Callable[[bytes], bytes]) -> None:

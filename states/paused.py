@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from states.events import Lost, Resumed
 from states.ports import Connection, Rollout, World
 
@@ -16,7 +18,5 @@ async def run(rollout: Rollout, world: World) -> Resumed | Lost:
     if not isinstance(connection, Connection):
         return await resumed()
 
-    async def lost() -> Resumed | Lost:
-        return await connection.seat.transport.lost(connection)
-
-    return await world.first(resumed, lost)
+    watches: list[Callable[[], Awaitable[Resumed | Lost]]] = [*connection.seat.transport.watches(connection)]
+    return await world.first(resumed, *watches)

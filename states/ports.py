@@ -406,8 +406,8 @@ class Transport(Protocol):
     async def quiescing(self, connection: Connection) -> tuple[str, ...]:
         """Close the session, bounded, and return the evidence. The handle is ended by the state, after this."""
 
-    async def lost(self, connection: Connection) -> Lost:
-        """Return `Lost` when the agent goes away between turns; wait for ever while it does not."""
+    def watches(self, connection: Connection) -> Sequence[Callable[[], Awaitable[Lost]]]:
+        """Waits that end when the agent goes away between turns; none where it cannot go away by itself."""
 
 
 # --- the rest of the world -----------------------------------------------------------------------------------

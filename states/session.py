@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
+from anyio.lowlevel import checkpoint_if_cancelled
+
 from states.events import CheckAsked, Lost, Next, Paused, PlanDone, Prompted, RoleSwapped
 from states.ports import Connection, OpenTurn, Rollout, World
 
@@ -22,13 +26,12 @@ async def run(rollout: Rollout, world: World) -> Prompted | RoleSwapped | PlanDo
     async def decided() -> Next | Lost:
         return await world.plan.next(rollout.facts)
 
-    async def lost() -> Next | Lost:
-        return await connection.seat.transport.lost(connection)
-
-    came = await world.first(decided, lost)
-    # Acting opens a segment, so nothing may be awaited from here on: a cancel now comes before it, or after the event.
+    watches: list[Callable[[], Awaitable[Next | Lost]]] = [*connection.seat.transport.watches(connection)]
+    came = await world.first(decided, *watches)
     if isinstance(came, Lost):
         return came
+    await checkpoint_if_cancelled()
+    # Acting opens a segment, so nothing may be awaited from here on: a cancel came before it, or comes after the event.
     if (by := world.held()) and came.kind != "pause":
         return Paused(by, came)  # somebody holds it since the plan was asked: what it decided is kept
     return _act(came, rollout, world, connection)

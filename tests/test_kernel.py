@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
+import weakref
 
 import anyio
 import attrs
 import pytest
-from harness import TRANSPORTS, FakeVerifier, build, drive, fire, on, raising, twist
+from harness import SAY, TRANSPORTS, FakeVerifier, build, drive, fire, on, raising, twist
 from sessions import HandAgent, by_hand, captures, events, names, states
 from test_ways_out import DONE, REACH, TURN, hooked, planned
 
@@ -20,7 +22,8 @@ from orchestrator.sandboxes.fake import HANG, FakeSandbox
 from states import events as ev
 from states.errors import JournalError, QuietError
 from states.events import Failure, Next
-from states.journal import fold
+from states.journal import Transition, fold
+from states.ports import AskUserRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -580,3 +583,53 @@ async def test_a_rollout_may_be_driven_within_one_task_and_cancelled_by_another(
         stand.rollout.cancel("code", "enough")
     assert stand.rollout.state == "closed/cancelled"
     assert DONE.kind == "done"
+
+
+# --- what is left of it ---
+
+
+@pytest.fixture
+def no_collector():
+    """What is freed here is freed by itself."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("script", [SAY, WAITS], ids=["ended", "cancelled"])
+async def test_a_closed_rollout_is_freed_at_once(transport, script):
+    """Nothing of it holds it in a circle: with hundreds on one loop a collector would stop them all to find that."""
+    stand = build(transport, script)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, stand)
+        if script is WAITS:
+            while stand.rollout.state != "executing":
+                await anyio.lowlevel.checkpoint()
+            stand.rollout.cancel()
+    world, agents = weakref.ref(stand.rollout._world), stand.agents
+    del stand
+    await anyio.wait_all_tasks_blocked()
+    assert world() is None
+    assert agents, "who keeps an agent and its sessions keeps no rollout"
+
+
+async def test_a_session_that_was_closed_is_not_heard_any_more():
+    """Its threads may live; what they say and ask then reaches nobody, and raises nothing in them."""
+    stand = await drive(build("session-factory"))
+    [session] = next(iter(stand.agents.values())).sessions
+    written = list(stand.rollout._world._trajectory._sink.lines)
+    session.steps.append({"type": "agent_message", "text": "from beyond"})
+    session.on_change(session)
+    assert await session._handlers[-1](AskUserRequest("May I?", ("yes",))) is None
+    assert stand.rollout._world._trajectory._sink.lines == written
+
+
+async def test_what_a_journal_keeps_is_what_it_wrote(transport, tmp_path):
+    """No record holds a live value: the moves in memory are those that are read back."""
+    stand = build(transport, out=tmp_path)
+    await stand.rollout.run()
+    moves = [record for record in stand.rollout.journal if isinstance(record, Transition)]
+    assert moves == [record for record in read_journal(stand.rollout.folder) if isinstance(record, Transition)]
+    assert all(getattr(move.event, "live", ev.ABSENT) is ev.ABSENT for move in moves)

@@ -328,7 +328,7 @@ async def test_a_resumed_rollout_is_told_when_its_sandbox_goes_away(transport, t
     """Whoever watches the sandbox tells the rollout that goes on, as it told the one that was stopped."""
     stand = stopped(build(transport, WAITS, turns=TWICE, out=tmp_path))
     rollout = await resume(await left(stand), again(stand))
-    rollout.listeners.append(on("executing", lambda: rollout._world._lost("the host is down")))
+    rollout.listeners.append(on("executing", lambda: rollout._world._spec().lost("the host is down")))
     with anyio.fail_after(20):
         result = await rollout.run()
     assert (result.state, result.verdict.owner) == ("closed/failed", "sandbox")

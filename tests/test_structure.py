@@ -156,6 +156,7 @@ ALLOWED = {
     "types": "",
     "typing": "",
     "anyio": "cancel scopes only, see below",
+    "anyio.lowlevel": "whether the scope is cancelled",
 }
 """All that states/ may import, with the reason where there is one."""
 
@@ -167,6 +168,7 @@ SCOPES = {
     "current_time",
     "current_effective_deadline",
     "get_cancelled_exc_class",
+    "checkpoint_if_cancelled",
 }
 BUILTIN_IO = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
 

@@ -280,7 +280,7 @@ def test_without_a_provider_there_is_nothing(monkeypatch):
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     rollout = build("acp").rollout
     anyio.run(rollout.run)
-    assert rollout._world.telemetry._telling == []
+    assert rollout._world.telemetry._telling is None
     assert rollout.result().notes == ()
 
 

@@ -9,7 +9,7 @@ Protocol version 1, the stable methods. `fs/*` and `terminal/*` are advertised w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 import anyio
@@ -324,10 +324,14 @@ class AcpTransport:
         finally:
             self.keep_stderr(session.stderr_tail())
 
-    async def lost(self, connection: Connection) -> Lost:
-        """Return when the agent goes away between turns."""
-        error = await connection.session.gone()
-        return Lost(Failure.of(error), exit_code=getattr(error, "exit_code", None))
+    def watches(self, connection: Connection) -> tuple[Callable[[], Awaitable[Lost]]]:
+        """One, of the agent's process."""
+
+        async def lost() -> Lost:
+            error = await connection.session.gone()
+            return Lost(Failure.of(error), exit_code=getattr(error, "exit_code", None))
+
+        return (lost,)
 
 
 # --- the handshake -------------------------------------------------------------------------------------------

@@ -40,8 +40,20 @@ class LiveSession:
     session: Any
     gate: GatedHandle
     reader: StepReader
+    questions: Questions
     turn: Turn = attrs.field(factory=Turn.over)
     closing: list[Detached[str]] = attrs.field(factory=list)
+    heard: list[LiveSession] = attrs.field(factory=list)
+    """Itself while the foreign session is heard, which has no more of ours than this list: emptied when it is closed,
+    so that what a dead session holds is nothing, and whoever keeps one keeps no rollout."""
+
+    async def answer(self, asked: Any) -> str | None:
+        """The answer to a question of the session's, which is a step of its turn."""
+        request = read_request(asked)
+        update = self.reader.note(question_step(request))
+        answer = await self.turn.answer(self.questions, request)
+        update(answer_fields(answer))
+        return answer.option
 
 
 @attrs.define(eq=False)
@@ -107,46 +119,12 @@ class SessionFactoryTransport:
         raise ConnectError(f"connect() did not return within {self.connect_sec:g} s")
 
     def _opened(self, session: Any, seat: Seat, gate: GatedHandle) -> FactoryOpened:
-        live = LiveSession(session, gate, StepReader())
-        self._bind(live)
+        live = LiveSession(session, gate, StepReader(), self.questions)
+        live.heard.append(live)
+        _bind(session, live.heard)
         gate.close()
         kind = type(session).__qualname__
         return FactoryOpened(_session_id(session, seat), kind, live=Connection(seat, live))
-
-    def _bind(self, live: LiveSession) -> None:
-        """Take our places in a foreign session, checking that it is one."""
-        session, reader = live.session, live.reader
-        kind = type(session).__qualname__
-
-        home = threading.get_ident()
-
-        def look() -> None:
-            reader.look(session.steps)
-
-        def changed(_session: Any = None) -> None:
-            # An error of ours must not be raised inside the agent. Nothing is lost by that: what could not be read
-            # or written now is still missing in `capturing`, whose thorough look raises what then goes wrong.
-            with contextlib.suppress(Exception):
-                if threading.get_ident() == home:
-                    look()
-                else:
-                    anyio.from_thread.run_sync(look)
-
-        try:
-            _asked("on_change", lambda: setattr(session, "on_change", changed))
-        except AgentError as error:
-            _check_whole(session, ("prompt", "cancel", "on_ask_user", "steps"))
-            raise ConnectError(f"{kind} refuses the assignment of on_change: {error}", retryable=False) from error
-        if not _asked("its members", lambda: isinstance(session, Session)):
-            _check_whole(session, ("on_change", "prompt", "cancel", "on_ask_user", "steps"))
-        _asked("on_ask_user()", lambda: session.on_ask_user(lambda request: self._answer(request, live)))
-
-    async def _answer(self, asked: Any, live: LiveSession) -> str | None:
-        request = read_request(asked)
-        update = live.reader.note(question_step(request))
-        answer = await live.turn.answer(self.questions, request)
-        update(answer_fields(answer))
-        return answer.option
 
     def prepare(self, connection: Connection, segment: Segment, text: str) -> PromptTask:
         """A prompt that is ready to be sent; its steps will go to `segment`."""
@@ -192,17 +170,50 @@ class SessionFactoryTransport:
                 return revoked, await closing.wait()
             except Exception as error:
                 return revoked, f"close() raised {type(error).__name__}: {said(error)}"
+            finally:
+                if closing.done:
+                    live.heard.clear()
         closing.cancel()
         return revoked, f"close() did not return within {CLOSE_SEC:g} s and was abandoned, holding nothing"
 
-    async def lost(self, connection: Connection) -> Lost:  # noqa: ARG002 - the Transport's signature
-        """An agent in our own process does not go away by itself: wait for ever."""
-        await anyio.sleep_forever()
-        raise AssertionError
+    def watches(self, connection: Connection) -> tuple[()]:  # noqa: ARG002 - the Transport's signature
+        """None: an agent in our own process does not go away by itself."""
+        return ()
 
 
 _MEANT = (ConfigError, ConnectError, ProviderError, SandboxError)
 """Errors of ours that an agent may raise to say what went wrong in `connect`."""
+
+
+def _bind(session: Any, heard: list[LiveSession]) -> None:
+    """Take our places in a foreign session, checking that it is one."""
+    kind = type(session).__qualname__
+    home = threading.get_ident()
+
+    def look() -> None:
+        for live in heard:
+            live.reader.look(live.session.steps)
+
+    def changed(_session: Any = None) -> None:
+        # An error of ours must not be raised inside the agent. Nothing is lost by that: what could not be read
+        # or written now is still missing in `capturing`, whose thorough look raises what then goes wrong.
+        with contextlib.suppress(Exception):
+            if threading.get_ident() == home:
+                look()
+            else:
+                anyio.from_thread.run_sync(look)
+
+    async def answer(request: Any) -> str | None:
+        return await heard[0].answer(request) if heard else None
+
+    try:
+        _asked("on_change", lambda: setattr(session, "on_change", changed))
+    except AgentError as error:
+        _check_whole(session, ("prompt", "cancel", "on_ask_user", "steps"))
+        raise ConnectError(f"{kind} refuses the assignment of on_change: {error}", retryable=False) from error
+    if not _asked("its members", lambda: isinstance(session, Session)):
+        _check_whole(session, ("on_change", "prompt", "cancel", "on_ask_user", "steps"))
+    _asked("on_ask_user()", lambda: session.on_ask_user(answer))
 
 
 def _check_whole(session: Any, wanted: tuple[str, ...]) -> None:

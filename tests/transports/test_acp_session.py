@@ -22,6 +22,12 @@ async def cancelled(talk: Talk, turn: Any) -> Any:
         return await talk.transport.cancelling(turn)
 
 
+async def lost(talk: Talk) -> Any:
+    """How an agent that goes away between turns is known to have gone."""
+    (watch,) = talk.transport.watches(talk.connection)
+    return await watch()
+
+
 async def executing(talk: Talk, turn: Any, until: anyio.Event) -> None:
     """Be in `executing` until something happened, then leave it as the kernel does."""
     async with anyio.create_task_group() as group:
@@ -446,10 +452,10 @@ async def test_an_agent_that_goes_away_between_turns_is_lost() -> None:
     async with talking_to(play) as (talk, _):
         await talk.turn()
         with anyio.move_on_after(0.02) as waiting:
-            await talk.transport.lost(talk.connection)
+            await lost(talk)
         assert waiting.cancelled_caught
         go.set()
-        event = await talk.transport.lost(talk.connection)
+        event = await lost(talk)
         assert event.exit_code == -9
         assert event.failure.stderr == "killed by the OOM killer\n"
         with pytest.raises(AgentLost):
@@ -474,7 +480,7 @@ async def test_a_sandbox_that_dies_is_not_blamed_on_the_agent() -> None:
         event = await talk.transport.executing(turn)
         assert isinstance(event, TurnFailed)
         assert event.failure.owner == "sandbox"
-        assert (await talk.transport.lost(talk.connection)).failure.owner == "sandbox"
+        assert (await lost(talk)).failure.owner == "sandbox"
 
 
 async def test_an_error_of_ours_while_reading_is_ours() -> None:
