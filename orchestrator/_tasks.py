@@ -1,4 +1,4 @@
-"""Tasks that outlive the coroutine which started them, and a race between waits.
+"""Tasks that outlive the coroutine which started them, a race between waits, and a bell that ends some.
 
 A session's reader and a prompt in flight live longer than the state handler that started them (`Rollout.step` returns
 between states), and a prompt that swallows its cancellation must be left behind without holding up the rollout. No
@@ -173,3 +173,25 @@ async def first_of(*waits: Callable[[], Awaitable[T]]) -> T:
     if results:
         return results[min(results)]
     raise errors[0]
+
+
+@attrs.define(eq=False)
+class Bell:
+    """Wakes whoever waits for something to have changed."""
+
+    _rung: anyio.Event | None = attrs.field(default=None, init=False)
+    """What those who wait are woken by; there while somebody does."""
+
+    def ring(self) -> None:
+        """Something changed."""
+        if self._rung is not None:
+            self._rung.set()
+            self._rung = None
+
+    async def until(self, changed: Callable[[], T | None]) -> T:
+        """What `changed` returns, as soon as that is not None."""
+        while (found := changed()) is None:
+            if self._rung is None:
+                self._rung = anyio.Event()
+            await self._rung.wait()
+        return found

@@ -27,11 +27,10 @@ import attrs
 import msgspec
 from anyio.abc import TaskGroup
 
-from orchestrator._tasks import Abandoned, Detached, first_of
+from orchestrator._tasks import Abandoned, Bell, Detached, first_of
 from orchestrator.journal import encode, read_journal
 from orchestrator.owners import is_alive, owner_of
 from orchestrator.rollout import Rollout
-from orchestrator.world import Bell
 from states.errors import ConfigError
 from states.journal import Folded, Transition, fold
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import itertools
 import math
@@ -21,24 +20,24 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 import attrs
-import msgspec
 
-from orchestrator._tasks import first_of
+from orchestrator._tasks import Bell, first_of
 from orchestrator._words import shown, traced
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
 from orchestrator.capture import DIRECTOR, GrowingTrajectory, TurnSegment, read_trajectory, recovered
 from orchestrator.config import DirectorRole, RolloutConfig, Scene
 from orchestrator.directing import AgentDirector, HeardSegment, Outside
 from orchestrator.directors import Chronicle, DirectedPlan, Story
+from orchestrator.identity import about, check_same
 from orchestrator.journal import FileSink, JournalSink, JournalWriter, MemorySink, Sink, encode_any
 from orchestrator.leases import GiveBack, JournaledLeases
 from orchestrator.metering import Cast, Metering, ModelAccess
-from orchestrator.owners import labels_of, owner
+from orchestrator.owners import labels_of
 from orchestrator.plans import FixedPlan, Hold
 from orchestrator.questions import Questions
 from orchestrator.redact import RedactingSink, Redactor
 from orchestrator.registry import Place
-from orchestrator.resolved import Resolved, resolve, sandbox_of
+from orchestrator.resolved import resolve, sandbox_of
 from orchestrator.result import RolloutResult, driven_sec, redacted, result_of
 from orchestrator.sandboxes import SandboxSpec, make_sandbox
 from orchestrator.telemetry import Telemetry
@@ -117,28 +116,6 @@ class BroughtVerifier:
         except Exception as error:
             self._note(traced(error))
             raise VerifierError(f"{method}() raised {type(error).__name__}: {said(error)}") from error
-
-
-@attrs.define(eq=False)
-class Bell:
-    """Wakes whoever waits for something to have changed."""
-
-    _rung: anyio.Event | None = attrs.field(default=None, init=False)
-    """What those who wait are woken by; there while somebody does."""
-
-    def ring(self) -> None:
-        """Something changed."""
-        if self._rung is not None:
-            self._rung.set()
-            self._rung = None
-
-    async def until(self, changed: Callable[[], T | None]) -> T:
-        """What `changed` returns, as soon as that is not None."""
-        while (found := changed()) is None:
-            if self._rung is None:
-                self._rung = anyio.Event()
-            await self._rung.wait()
-        return found
 
 
 @attrs.frozen
@@ -668,9 +645,9 @@ def build_world(config: RolloutConfig, rollout: str, inherited: Inherited | None
     """
     found = resolve(config)
     redactor = found.redactor()
-    header = Header(rollout, found.rules(), config.clock(), info=_about(found))
+    header = Header(rollout, found.rules(), config.clock(), info=about(found))
     if inherited is not None:
-        _check_same(inherited.header, header)
+        check_same(inherited.header, header)
         header = inherited.header
     folder = _folder(config, rollout) if inherited is None else inherited.folder
     journal = _journal(config, header, folder, inherited, redactor)
@@ -747,64 +724,3 @@ def _folder(config: RolloutConfig, rollout: str) -> Path | None:
         return folder.resolve()
     except OSError as error:
         raise ConfigError(f"out: {folder} cannot be made: {error.strerror or error}") from error
-
-
-def _about(found: Resolved) -> dict[str, Any]:
-    """What `config.json` and the journal's header say of the config: no secrets, by construction.
-
-    `identity` is the hash of the inputs alone: a rollout goes on with the same ones, or not at all. Where models are
-    served, what the variables' values are and who asks for it may change.
-    """
-    inputs = found.inputs()
-    return {
-        **inputs,
-        "identity": hashlib.sha256(encode_any(inputs)).hexdigest(),
-        "tracked": found.tracking.tracked,
-        "made_from": dict(found.config.made_from),
-        "owner": owner(),
-        "scratch": tempfile.gettempdir(),
-    }
-
-
-def _check_same(was: Header, now: Header) -> None:
-    """Raise `ConfigError` when a rollout is to go on with other inputs than it began with; says which."""
-    differs = [name for name in _rules_of(now) if _rules_of(was)[name] != _rules_of(now)[name]]
-    if was.info.get("identity") != now.info["identity"]:
-        given: dict[str, Any] = msgspec.json.decode(encode_any(now.info))
-        differs += [key for key in given if key not in _NO_INPUT and was.info.get(key) != given[key]] or ["identity"]
-    if differs:
-        rules = (_rules_of(was), _rules_of(now))
-        before, after = {**was.info, **rules[0]}, {**now.info, **rules[1]}
-        said = ", ".join(_differs(key, before.get(key), after.get(key)) for key in differs)
-        raise ConfigError(f"rollout {was.rollout} was begun with other inputs, and cannot go on with these: {said}")
-
-
-_NO_INPUT = frozenset({"identity", "tracked", "made_from", "owner", "scratch"})
-
-
-def _rules_of(header: Header) -> dict[str, Any]:
-    return attrs.asdict(header.rules)
-
-
-def _differs(key: str, was: Any, now: Any) -> str:
-    """What of an input is another one, in a few words: of a role which of its settings, of an agent its manifest."""
-    if key == "roles" and isinstance(was, Mapping) and isinstance(now, Mapping):
-        names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-        return ", ".join(_differs_of_role(name, was.get(name), now.get(name)) for name in names)
-    texts = [encode_any(value).decode() for value in (was, now)]
-    if key.endswith("digest") or max(map(len, texts)) > BRIEF:
-        return key
-    return f"{key} (was {texts[0]}, is {texts[1]})"
-
-
-def _differs_of_role(name: str, was: Any, now: Any) -> str:
-    if not was or not now:
-        return f"roles ({name} {'is new' if now else 'is gone'})"
-    keys = [_differs(key, was.get(key), now[key]) for key in now if key != "agent_digest" and was.get(key) != now[key]]
-    manifest = was["agent_digest"] != now["agent_digest"] and was["agent"] == now["agent"]
-    changed = [f"the manifest of agent {now['agent']}"] if manifest else []
-    return f"roles ({name}: {', '.join([*changed, *keys])})"
-
-
-BRIEF = 80
-"""The longest value that is quoted of an input that changed, in characters of JSON."""
