@@ -505,11 +505,14 @@ def prepare(settings: dict[str, Any]) -> None:
 
 
 def agent_of(name: str) -> dict[str, int]:
-    """The uid and gid of the agents' user, who is made where the image has none of that name, from uid 1000 on."""
+    """The uid and gid of the agents' user. `agent` is made where the image has none, from uid 1000 on, and no other."""
     known = users()
     if name in known:
         uid, gid, _ = known[name]
         return {"uid": uid, "gid": gid}
+    if name != "agent":
+        others = ", ".join(other for other, (uid, _, _) in known.items() if uid == 0 or uid >= 1000)
+        raise OSError(f"the image has no user {name!r}; give user=agent, who is made, or one that it has: {others}")
     taken = {uid for uid, _, _ in known.values()}
     uid = next(number for number in range(1000, 65_000) if number not in taken)
     add_line("/etc/passwd", f"{name}:x:{uid}:{uid}:{name}:{HOME}:/bin/sh", "root:x:0:0:root:/root:/bin/sh")

@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 OPTIONS: Final[Mapping[str, str]] = {
     "engine": "the engine, as unix:///PATH; by default that of DOCKER_HOST, of the current context, or a usual socket",
-    "user": "who agents are: agent (the default), root, or a user of the image",
+    "user": "who agents are: agent (the default, made where the image has none), root, or a user of the image",
 }
 
 CREATE_SEC: Final = 120.0

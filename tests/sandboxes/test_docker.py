@@ -311,6 +311,17 @@ async def test_trusted_commands_may_be_any_user_of_the_image(up):
         await ours.exec("true", user="nobody-knows-me")
 
 
+async def test_an_agents_user_that_the_image_has_not_is_an_error_and_is_not_made(box):
+    """`agent` alone is made; the sentence names those that there are. A user of the image is taken as it is."""
+    with pytest.raises(SandboxError, match=r"did not come up: the image has no user 'bob'; give user=agent.*root"):
+        await box(user="bob").start()
+    sandbox = box(user="www-data")
+    await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    assert await said(handle, "id -un") == "www-data\n"
+
+
 # --- limits and the network ----------------------------------------------------------------------------------
 
 
