@@ -85,6 +85,22 @@ class SandboxSpec:
     note: Callable[[str], None] = _unheard
     lost: Callable[[str], None] = _unheard
 
+    def __repr__(self) -> str:
+        """Short, since it stands in messages: what was asked for, without what every rollout gets.
+
+        >>> SandboxSpec("docker", "rollout-1", image="debian", options={"user": "root"}, labels={"rollout": "1"})
+        <SandboxSpec rollout-1: docker, image='debian', options={'user': 'root'}>
+        """
+        fields = attrs.fields_dict(type(self))
+        asked = {name: getattr(self, name) for name in _ASKED if getattr(self, name) != fields[name].default}
+        settings = [f"{name}={value!r:.60}" for name, value in asked.items() if value not in (None, {}, ())]
+        kind = self.sandbox if isinstance(self.sandbox, str) else shown(self.sandbox)
+        return f"<SandboxSpec {', '.join([f'{self.name}: {kind}', *settings])}>"
+
+
+_ASKED = ("cwd", "network", "cpus", "memory_mb", "storage_mb", "pids", "gpus", "image", "image_map", "options")
+"""What of a spec is worth showing."""
+
 
 def check_sandbox(
     wanted: str | Sandbox | ExecSandbox | Callable[..., Sandbox],
@@ -93,7 +109,7 @@ def check_sandbox(
 ) -> None:
     """Raise `ConfigError` when a config names a sandbox, an option or a network of one, that there is not."""
     if isinstance(wanted, str) and ":" in wanted:
-        _imported(wanted)
+        _check_factory(_imported(wanted), f"sandbox {wanted!r} is")
     elif isinstance(wanted, str):
         kind = _kind(wanted)
         known, networks = kind.OPTIONS, getattr(kind, "NETWORKS", get_args(Network))
@@ -103,7 +119,7 @@ def check_sandbox(
             has = ", ".join(known) or "none"
             raise ConfigError(f"sandbox {wanted} has no option {unknown[0]!r}; it has {has}")
     elif _is_factory(wanted):
-        _check_factory(wanted)
+        _check_factory(wanted, "RolloutConfig: sandbox is")
     else:
         _check_brought(wanted, "RolloutConfig: sandbox")
         if options:
@@ -183,7 +199,7 @@ def _check_brought(made: object, what: str) -> None:
         raise ConfigError(f"{what} must be {needs}; {shown(made)} lacks {', '.join(lacks)}")
 
 
-def _check_factory(wanted: Any) -> None:
+def _check_factory(wanted: Any, what: str) -> None:
     """Raise `ConfigError` for a class, or a function, that cannot be called with a `SandboxSpec`."""
     try:
         signature = inspect.signature(wanted)
@@ -192,9 +208,10 @@ def _check_factory(wanted: Any) -> None:
     try:
         signature.bind(None)
     except TypeError as error:
-        hint = f"; or give an object, {wanted.__name__}(...)" if isinstance(wanted, type) else ""
+        brought = what.startswith("RolloutConfig") and isinstance(wanted, type)
+        hint = f"; or give an object, {wanted.__name__}(...)" if brought else ""
         raise ConfigError(
-            f"RolloutConfig: sandbox is {shown(wanted)}, which cannot be called with one SandboxSpec ({error}){hint}"
+            f"{what} {shown(wanted)}, which cannot be called with one SandboxSpec ({error}){hint}"
         ) from error
 
 

@@ -54,6 +54,27 @@ def test_name_that_means_nothing_is_a_mistake(name):
         make_sandbox(SandboxSpec(name, "r1"))
 
 
+def needs_two(_spec, _another):
+    """Not to be called with one argument."""
+
+
+def test_a_sandbox_of_ones_own_that_takes_no_spec_is_a_mistake(monkeypatch):
+    """Found before anything is begun: it is called with one `SandboxSpec`, and the sentence says so."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    wanted = "sandbox 'test_make_sandbox:needs_two' is the function needs_two, which cannot be called with one Sandbox"
+    with pytest.raises(ConfigError, match=wanted):
+        check_sandbox("test_make_sandbox:needs_two", {})
+
+
+def test_a_spec_is_shown_shortly(tmp_path):
+    """It stands in messages of what is called with it: what was asked for, and no path, label or function."""
+    bare = SandboxSpec("fake", "rollout-1", labels={"a": "b" * 500}, binds=("/opt",), gateway_socket=tmp_path / "s")
+    assert repr(bare) == "<SandboxSpec rollout-1: fake>"
+    asked = SandboxSpec(custom, "rollout-2", cpus=2, image="x" * 500, options={"user": "root"}, note=print)
+    assert repr(asked).startswith("<SandboxSpec rollout-2: the function custom, cpus=2, image='xxx")
+    assert len(repr(asked)) < 200
+
+
 def test_an_option_that_a_kind_does_not_have_is_a_mistake():
     """Before anything exists, naming the option and those that there are."""
     with pytest.raises(ConfigError, match="sandbox local has no option 'gpu'; it has none"):
