@@ -336,15 +336,15 @@ class LiveWorld:
         await self._bring_gateway()
         if self.task is None:
             return
-        from orchestrator.tasks.environment import install
+        from orchestrator.tasks.environment import install, network_not_kept
 
         for text in self.task.notes:
             self.note(text)
         if not self.sandbox.has_environment:
             for text in (await install(self.task, self.sandbox)).missing:
                 self.note(text)
-        if self.task.network == "public" and self.config.network not in ("host", "bridge"):
-            self.note(f"the task asks for a public network; the sandbox has {self.config.network}")
+        if text := network_not_kept(self.task, self.config.network):
+            self.note(text)
 
     async def _bring_gateway(self) -> None:
         callers = [member for member in self.cast.values() if member.agent.calls_model]

@@ -6,7 +6,7 @@ The same for every sandbox that runs images: by the name that is meant, however 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 _FROM = re.compile(r"^(\s*FROM\s+(?:--\S+\s+)*)(\S+)(.*)$", re.IGNORECASE)
 _STAGE = re.compile(r"\s+AS\s+(\S+)\s*$", re.IGNORECASE)
@@ -16,12 +16,28 @@ Note = Callable[[str], None]
 
 
 def mapped(image: str, image_map: Mapping[str, str], note: Note) -> str:
-    """The image that is to be used for `image`; `note` is told when that is another one.
+    """The image that is to be used for `image`; `note` is told when that is another one, and what matches nothing.
 
-    >>> mapped("docker.io/library/debian", {"debian:latest": "mine"}, print)
+    >>> mapped("docker.io/library/debian", {"debian:latest": "mine", "ubuntu": "ours"}, print)
     the image mine stands for docker.io/library/debian (image map)
+    the image map's ubuntu matches nothing: what is asked for is docker.io/library/debian
     'mine'
     """
+    found = _mapped(image, image_map, note)
+    _say_unmatched(image_map, [image], note)
+    return found
+
+
+def _say_unmatched(image_map: Mapping[str, str], images: Sequence[str], note: Note) -> None:
+    meant = set(map(canonical, images))
+    missed = [name for name in image_map if canonical(name) not in meant]
+    if missed:
+        asked = ", ".join(dict.fromkeys(images)) or "no image"
+        verb = "matches" if len(missed) == 1 else "match"
+        note(f"the image map's {', '.join(missed)} {verb} nothing: what is asked for is {asked}")
+
+
+def _mapped(image: str, image_map: Mapping[str, str], note: Note) -> str:
     for name, local in image_map.items():
         if canonical(name) == canonical(image):
             note(f"the image {local} stands for {image} (image map)")
@@ -41,13 +57,14 @@ def canonical(image: str) -> str:
 
 
 def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str, tuple[str, ...]]:
-    """A Dockerfile with the images of its FROM lines mapped, and these images.
+    """A Dockerfile with the images of its FROM lines mapped, and these images; `note` is told as in `mapped`.
 
     >>> map_bases("FROM debian:12 AS base", {"debian:12": "mine"}, lambda said: None)
     ('FROM mine AS base', ('mine',))
     """
     arguments: dict[str, str] = {}
     stages: set[str] = {"scratch"}
+    meant: list[str] = []
     bases: list[str] = []
     lines = text.split("\n")
     for number, line in enumerate(lines):
@@ -57,8 +74,10 @@ def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str,
             continue
         image = _VARIABLE.sub(lambda name: arguments.get(name[1], name[0]), found[2])
         if image not in stages:
-            bases.append(mapped(image, image_map, note))
+            meant.append(image)
+            bases.append(_mapped(image, image_map, note))
             lines[number] = f"{found[1]}{bases[-1] if bases[-1] != image else found[2]}{found[3]}"
         if alias := _STAGE.search(found[3]):
             stages.add(alias[1])
+    _say_unmatched(image_map, meant, note)
     return "\n".join(lines), tuple(dict.fromkeys(bases))

@@ -40,7 +40,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -485,6 +485,8 @@ LACKS: Final[frozenset[str]] = frozenset()
 
 def make(spec: SandboxSpec) -> LocalSandbox:
     """The local sandbox that a rollout's config asks for."""
+    for text in _not_given(spec):
+        spec.note(text)
     reach = None
     if spec.gateway_port is not None and spec.gateway_socket is not None:
         reach = GatewayReach(spec.gateway_socket, spec.gateway_port)
@@ -497,6 +499,22 @@ def make(spec: SandboxSpec) -> LocalSandbox:
         limits=Limits(cpus=spec.cpus, memory_mb=spec.memory_mb, disk_mb=spec.storage_mb or Limits().disk_mb),
         binds=tuple((Path(bind), bind) for bind in spec.binds),
     )
+
+
+def _not_given(spec: SandboxSpec) -> Iterator[str]:
+    """What is asked for, and a local sandbox has not, as sentences."""
+    if spec.image is not None:
+        yield (
+            f"the image {spec.image} is not run: a local sandbox has this machine's own programs, and runs no image; "
+            "give --sandbox docker, or daytona"
+        )
+    if spec.image_map:
+        yield f"the image map's {', '.join(spec.image_map)} stands for nothing: a local sandbox runs no image"
+    if spec.gpus:
+        yield (
+            f"the task asks for {spec.gpus} GPU(s), and agents have none: a local sandbox shows no devices; give "
+            "--sandbox docker, whose engine may have some"
+        )
 
 
 async def sweep(_options: Mapping[str, str]) -> tuple[str, ...]:

@@ -41,3 +41,22 @@ async def install(task: Task, sandbox: Sandbox) -> Installed:
             name = copied.source.relative_to(task.path)
             raise SandboxError(f"task {task.name}: {name} cannot be brought to {target}: {error}") from error
     return Installed(tuple(copied.target for copied in task.recipe.copied), task.recipe.skipped)
+
+
+WIDE = ("bridge", "host")
+"""What of `RolloutConfig.network` reaches more than the model gateway."""
+
+
+def network_not_kept(task: Task, network: str) -> str:
+    """Where the sandbox's network is another one than the task asks for: how, in a sentence. Empty where it is kept."""
+    hosts = ", ".join(task.allowed_hosts) or "no host"
+    match task.network, network in WIDE:
+        case "public", False:
+            return f"the task asks for a public network; the sandbox has {network}"
+        case "no-network", True:
+            return f"the task asks for no network; the sandbox has the network {network}, which was asked for here"
+        case "allowlist", True:
+            return f"the task allows {hosts} alone; the sandbox has the network {network}, and reaches more than that"
+        case "allowlist", False if task.allowed_hosts:
+            return f"the task asks for {hosts}; the sandbox has the network {network}, and reaches none of it"
+    return ""
