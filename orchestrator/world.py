@@ -50,6 +50,7 @@ from states.machine import Facts, Position, Rules
 from states.ports import (
     Attachable,
     Connection,
+    Detachable,
     Keepable,
     Lease,
     LeaseKind,
@@ -544,6 +545,9 @@ class LiveWorld:
         """Nobody drives it here any more: close what cannot outlive this process, keep the leases. Idempotent."""
         await self.dismiss()
         await self.models.close()
+        for sandbox in self._sandboxes:
+            if isinstance(sandbox, Detachable):
+                await sandbox.detach()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -242,6 +242,17 @@ class Attachable(Protocol):
         """
 
 
+@runtime_checkable
+class Detachable(Protocol):
+    """A sandbox with connections of ours: what one may have beside `Sandbox`, so that a stop leaves none open."""
+
+    async def detach(self) -> None:
+        """Let go of it as if our process had died; what it is made of stays, for who attaches to it, or a reaper.
+
+        Idempotent, and nothing where it was not started or is stopped. It raises nothing.
+        """
+
+
 # --- agents --------------------------------------------------------------------------------------------------
 
 

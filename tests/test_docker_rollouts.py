@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.docker
 IMAGES = {"debian:stable-slim": DEBIAN}
 BARELY = {"debian:stable-slim": BARE}
 ROLLOUT_SEC = 120
+ROOT = Path(__file__).resolve().parents[1]
 PID = f"{LABEL}owner-pid"
 
 
@@ -246,6 +248,50 @@ def test_a_killed_rollout_goes_on_in_its_container(state, tmp_path):
     result = anyio.run(went_on, folder, attrs.evolve(config, **there(state)))
     assert (result.state, result.reward, result.leaked) == ("closed/rewarded", 1.0, ()), result.errors
     assert left_by(folder) == 404
+
+
+def test_a_stop_of_the_command_line_leaves_no_connection_open_and_can_be_closed(tmp_path):
+    """After ^C nobody complains of an unclosed session on stderr, and what was stopped is reaped."""
+    script = json.dumps({"turns": [[{"say": "working"}, {"wait_cancel": 60}]]})
+    argv = [sys.executable, "-m", "orchestrator", "run", "demo", "--agent", "scripted", "--sandbox", "docker"]
+    argv += [f"--image-map={name}={image}" for name, image in IMAGES.items()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default::ResourceWarning"}
+    process = subprocess.Popen(
+        [*argv, "--env", f"ROLLOUT_SCRIPT={script}"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    said = ""
+    while "-> executing" not in said and (line := process.stderr.readline()):
+        said += line.decode()
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=ROLLOUT_SEC)[1].decode()
+    assert process.returncode == 5, said
+    assert "SIGINT: stopping" in said
+    assert not [word for word in ("Unclosed", "ResourceWarning", "Traceback") if word in said], said
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert left_by(folder) == 200
+    assert anyio.run(reap, folder).state == "closed/cancelled"
+    assert left_by(folder) == 404
+
+
+def test_a_rollout_that_was_stopped_and_let_go_of_can_be_cancelled_in_its_process(tmp_path):
+    """Whoever has the object still gives everything back with it."""
+    config = RolloutConfig(agent="noop", task=demo_task(), sandbox="docker", image_map=IMAGES, out=tmp_path)
+
+    async def main() -> Rollout:
+        rollout = Rollout(config)
+        rollout.stop("test")
+        await rollout.run()
+        await rollout.detach()
+        await rollout.detach()
+        assert left_by(rollout.folder) == 200
+        await rollout._world.sandbox.stop()
+        return rollout
+
+    assert left_by(anyio.run(main).folder) == 404
 
 
 def _open_leases(folder: Path) -> list[LeaseRecord]:

@@ -518,6 +518,16 @@ class DockerSandbox:
                 await self._leave()
             self._phase = "stopped"
 
+    async def detach(self) -> None:
+        """See `states.ports.Detachable`. PID 1 ends with us; the engine is asked nothing."""
+        async with self._lock:
+            if self._phase == "up":
+                self._let_go()
+                self._hang_up()
+                if self._engine is not None:
+                    await self._engine.close()
+            self._phase = "stopped"
+
     def _keep(self) -> None:
         """When we hang up, that is as it should be: PID 1 ends with 0, and no sweep takes it for a dead one's."""
         self._require_up().tell(marshal.dumps({"do": "keep"}))
