@@ -63,6 +63,19 @@ def test_what_can_be_known_to_fail_without_asking_anybody_is_refused(tmp_path, m
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("settings", [{"sandbox": "local"}, {"sandbox": "docker", "image": "debian"}])
+def test_memory_under_which_no_sandbox_comes_up_is_refused(tmp_path, monkeypatch, settings):
+    """The sentence has the task's word for it, and what it takes; a little more is not refused."""
+    monkeypatch.setenv("DOCKER_HOST", "unix:///here")
+    task = load_task(demo_task())
+    small = attrs.evolve(task, limits=attrs.evolve(task.limits, memory_mb=15))
+    wanted = RolloutConfig(task=small, agent="noop", out=tmp_path / "runs", **settings)
+    with pytest.raises(ConfigError, match=r"the task's memory_mb = 15 is too little: a \w+ sandbox needs 16 MiB"):
+        Rollout(wanted)
+    assert not (tmp_path / "runs").exists()
+    Rollout(attrs.evolve(wanted, task=attrs.evolve(task, limits=attrs.evolve(task.limits, memory_mb=16))))
+
+
 def test_an_oracle_for_a_task_without_a_solution_is_refused():
     """It is no failure of an agent."""
     task = attrs.evolve(load_task(demo_task()), solution=None)

@@ -16,10 +16,23 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from states.errors import SandboxError
+from states.errors import ConfigError, SandboxError
 
 CPU_PERIOD_US: Final = 100_000
 CONTROLLERS: Final = ("memory", "pids", "cpu")
+
+
+LEAST_MEMORY_MB: Final = 16
+"""What a sandbox's own processes need, with a shell. A task needs more."""
+
+
+def check_memory(memory_mb: int | None, kind: str) -> None:
+    """Raise `ConfigError` for a limit under which a sandbox cannot even come up."""
+    if memory_mb is not None and memory_mb < LEAST_MEMORY_MB:
+        raise ConfigError(
+            f"the task's memory_mb = {memory_mb} is too little: a {kind} sandbox needs {LEAST_MEMORY_MB} MiB to come "
+            "up, and the task's own programs need more; raise it in the task"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -50,6 +63,17 @@ class Cgroup:
         """Put a process, and what it will start, under the limits. Raises `OSError`."""
         for folder in dict.fromkeys(self.folders.values()):
             (folder / "cgroup.procs").write_text(str(pid))
+
+    def killed_for_memory(self) -> int:
+        """How many of its processes the kernel has killed because the memory of all was used up."""
+        folder = self.folders.get("memory")
+        for name in ("memory.events", "memory.oom_control") if folder is not None else ():
+            try:
+                lines = dict(line.split(None, 1) for line in (folder / name).read_text().splitlines())
+                return int(lines.get("oom_kill", 0))
+            except (OSError, ValueError):
+                continue  # the file of the other version
+        return 0
 
     async def remove(self) -> None:
         """Remove the groups. The kernel needs a moment after the last process: bounded, then `SandboxError`."""

@@ -51,7 +51,7 @@ from orchestrator.sandboxes._docker_image import Image, find_image
 from orchestrator.sandboxes._docker_kit import IDLE, Kit, make_kit
 from orchestrator.sandboxes._files import open_source, open_target
 from orchestrator.sandboxes._gateway import GatewayReach
-from orchestrator.sandboxes._limits import Limits
+from orchestrator.sandboxes._limits import Limits, check_memory
 from orchestrator.sandboxes._names import file_name
 from orchestrator.sandboxes._pipes import Messages
 from orchestrator.sandboxes._process import Channel, Request, Started, run
@@ -799,6 +799,7 @@ def _bind(host: Path, inside: str, *, read_only: bool) -> dict[str, Any]:
 def make(spec: SandboxSpec) -> DockerSandbox:
     """The docker sandbox that a rollout's config asks for. Raises `ConfigError`: no image, or an engine elsewhere."""
     check_engine(spec.options.get("engine"))
+    check_memory(spec.memory_mb, "docker")
     reach = None
     if spec.gateway_port is not None and spec.gateway_socket is not None:
         reach = GatewayReach(spec.gateway_socket, spec.gateway_port)

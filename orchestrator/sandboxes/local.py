@@ -105,6 +105,7 @@ class LocalHandle:
             self._sandbox._require_up()
             self._sandbox._make_folders((self._home, self._tmp))
             self._sandbox._admit_to_gateway()
+            killed = self._sandbox._killed_for_memory()
             self._namespace = namespace = await Namespace.start(self._view(), self._sandbox.marker)
             try:
                 with anyio.fail_after(OPEN_SEC):
@@ -112,6 +113,16 @@ class LocalHandle:
             except TimeoutError as exc:
                 await self._put_down()
                 raise SandboxError(f"handle {self.name}: bubblewrap did not come up in {OPEN_SEC:.0f} s") from exc
+            except SandboxError as exc:
+                await self._put_down()
+                limit = self._sandbox.limits.memory_mb
+                too_little = limit is not None and limit < _limits.LEAST_MEMORY_MB
+                if not too_little and self._sandbox._killed_for_memory() == killed:
+                    raise
+                raise SandboxError(
+                    f"handle {self.name}: bubblewrap could not start: the {limit} MiB of memory that the sandbox may "
+                    "have are used up; raise the task's memory_mb"
+                ) from exc
             except BaseException:
                 await self._put_down()
                 raise
@@ -349,6 +360,9 @@ class LocalSandbox:
         self._limit()
         self._phase = "up"
 
+    def _killed_for_memory(self) -> int:
+        return self._cgroup.killed_for_memory() if self.limits.memory_mb is not None else 0
+
     def _limit(self) -> None:
         self._cgroup = _limits.make_cgroup(_group_name(self.name, self.root), self.limits)
         self._fallback = _limits.fallback(self.limits, self._cgroup, own_uid=self._owner is not None)
@@ -485,6 +499,7 @@ LACKS: Final[frozenset[str]] = frozenset()
 
 def make(spec: SandboxSpec) -> LocalSandbox:
     """The local sandbox that a rollout's config asks for."""
+    _limits.check_memory(spec.memory_mb, "local")
     for text in _not_given(spec):
         spec.note(text)
     reach = None

@@ -40,6 +40,18 @@ def test_controller_that_is_not_given_is_switched_on(version_2, tmp_path):
     assert (version_2 / "cgroup.subtree_control").read_text() == "+pids"
 
 
+def test_processes_that_were_killed_for_memory_are_counted(tmp_path):
+    """In the words of both versions; nothing is counted where there is no group, or a kernel that does not say."""
+    told = {"memory.events": "low 0\noom 4\noom_kill 3\n", "memory.oom_control": "under_oom 0\noom_kill 2\n"}
+    for name, text in told.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(text)
+    counted = [Cgroup({"memory": tmp_path / name}).killed_for_memory() for name in (*told, "nowhere")]
+    assert counted == [3, 2, 0]
+    assert Cgroup({}).killed_for_memory() == 0
+
+
 def test_version_1_has_a_group_a_controller(tmp_path):
     """With its own names of files."""
     lines = []

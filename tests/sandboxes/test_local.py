@@ -302,6 +302,16 @@ async def test_memory_limit_ends_the_eater(box):
     assert (await handle.exec("echo usable")).stdout == "usable\n"
 
 
+@pytest.mark.parametrize("group", [True, False])
+async def test_memory_that_is_too_little_for_bubblewrap_is_said(box, monkeypatch, group):
+    """Not that it said nothing: what it had of memory, and what to raise, with a control group and without."""
+    if not group:
+        monkeypatch.setattr(_limits, "make_cgroup", lambda *_: _limits.Cgroup({}))
+    sandbox = await box(limits=Limits(memory_mb=1))
+    with pytest.raises(SandboxError, match="could not start: the 1 MiB of memory .* are used up; raise .*memory_mb"):
+        await sandbox.handle("solver").open()
+
+
 async def test_one_large_file_is_refused(box):
     """A writer of 10 GB is stopped at the limit of a file."""
     sandbox = await box(limits=Limits(disk_mb=8))
