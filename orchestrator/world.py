@@ -170,6 +170,7 @@ class LiveWorld:
     _evidence: tuple[str, ...] = attrs.field(default=(), init=False)
     """How it is known that nothing which a dead process started is alive."""
     _places: dict[str, Place] = attrs.field(factory=dict, init=False)
+    _sandbox: Sandbox | None = attrs.field(default=None, init=False)
     _handles: dict[str, SandboxHandle] = attrs.field(factory=dict, init=False)
     _began: float | None = attrs.field(default=None, init=False)
     """When its clock started, by the monotonic one."""
@@ -313,10 +314,12 @@ class LiveWorld:
         self._left.clear()
         await self._bring_gateway()
 
-    @functools.cached_property
+    @property
     def sandbox(self) -> Sandbox:
         """Where it runs; made when first asked for, which is after `prepare`."""
-        return make_sandbox(self._spec())
+        if self._sandbox is None:
+            self._sandbox = make_sandbox(self._spec())
+        return self._sandbox
 
     def _spec(self) -> SandboxSpec:
         gateway = self.models.gateway
@@ -545,9 +548,8 @@ class LiveWorld:
         """Nobody drives it here any more: close what cannot outlive this process, keep the leases. Idempotent."""
         await self.dismiss()
         await self.models.close()
-        for sandbox in self._sandboxes:
-            if isinstance(sandbox, Detachable):
-                await sandbox.detach()
+        if isinstance(self._sandbox, Detachable):
+            await self._sandbox.detach()
         self._close_files()
 
     def _close_files(self) -> None:

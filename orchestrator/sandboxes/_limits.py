@@ -66,14 +66,14 @@ class Cgroup:
 
     def killed_for_memory(self) -> int:
         """How many of its processes the kernel has killed because the memory of all was used up."""
-        folder = self.folders.get("memory")
-        for name in ("memory.events", "memory.oom_control") if folder is not None else ():
-            try:
-                lines = dict(line.split(None, 1) for line in (folder / name).read_text().splitlines())
-                return int(lines.get("oom_kill", 0))
-            except (OSError, ValueError):
-                continue  # the file of the other version
-        return 0
+        if (folder := self.folders.get("memory")) is None:
+            return 0
+        file = folder / ("memory.events" if (folder / "memory.events").exists() else "memory.oom_control")
+        try:
+            words = file.read_text().split()
+        except OSError:
+            return 0
+        return int(dict(zip(words[::2], words[1::2], strict=False)).get("oom_kill", 0))
 
     async def remove(self) -> None:
         """Remove the groups. The kernel needs a moment after the last process: bounded, then `SandboxError`."""
