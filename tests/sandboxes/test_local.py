@@ -306,9 +306,8 @@ async def test_memory_limit_ends_the_eater(box):
 
 
 async def test_memory_that_is_too_little_for_bubblewrap_is_said(box, monkeypatch):
-    """Not that it said nothing: what it had of memory, and what to raise. Without a control group, whose kernel kills
-    when it likes, the limit is each process's own, and exact."""
-    monkeypatch.setattr(_limits, "make_cgroup", lambda *_: _limits.Cgroup({}))
+    """Not that it said nothing: what it had of memory, and what to raise."""
+    monkeypatch.setattr(_limits, "make_cgroup", lambda *_: _limits.Cgroup({}))  # whose kernel kills when it likes
     sandbox = await box(limits=Limits(memory_mb=1))
     with pytest.raises(SandboxError, match=r"could not start: the 1 MiB of memory .* are used up; raise .*memory_mb"):
         await sandbox.handle("solver").open()
