@@ -32,6 +32,7 @@ import anyio
 
 from orchestrator.conformance.clauses import Clause, ClauseError, same, true
 from orchestrator.sandboxes import reaper
+from orchestrator.transports.acp_wire import MAX_LINE, Lines, Oversize
 from states.errors import ExecTimeout, PathEscape, SandboxError
 from states.ports import ByteChannel, Sandbox, SandboxHandle
 
@@ -260,6 +261,20 @@ async def a_channel_carries_lines(make: MakeSandbox) -> None:
 async def a_channel_carries_a_line_of_64_mib(make: MakeSandbox) -> None:
     """A line of 64 MiB comes back whole."""
     await _echoed(make, 64 << 20)
+
+
+async def a_line_over_the_cap_ends_nothing(make: MakeSandbox) -> None:
+    """One byte beyond what an ACP line may have is read as too long, at its length, and the next line as ever."""
+    async with _role(make) as handle:
+        channel = await handle.spawn(["cat"])
+        lines, read = Lines(), list[bytes | Oversize]()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(channel.send, b"x" * (MAX_LINE + 1) + b"\nthe next\n")
+            while len(read) < 2 and (data := await channel.receive()):
+                read += lines.feed(data)
+        same("lines", [getattr(line, "size", line) for line in read], [MAX_LINE + 1, b"the next"])
+        await channel.close_stdin()
+        same("exit code", await channel.wait(), 0)
 
 
 async def characters_may_be_split_anywhere(make: MakeSandbox) -> None:
@@ -732,6 +747,7 @@ SANDBOX_CLAUSES: Final = (
         )
     ),
     _clause(a_channel_carries_a_line_of_64_mib, "processes", "large"),
+    _clause(a_line_over_the_cap_ends_nothing, "processes", "large"),
     *(
         _clause(check)
         for check in (

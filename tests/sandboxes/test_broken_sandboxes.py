@@ -303,6 +303,7 @@ BROKEN: dict[str, dict[str, Bend]] = {
     "a_cancelled_command_dies": bent(exec=leaves_cancelled_commands),
     "a_channel_carries_lines": bent(send=cooks_lines),
     "a_channel_carries_a_line_of_64_mib": bent(send=cuts_long_lines),
+    "a_line_over_the_cap_ends_nothing": bent(send=cuts_long_lines),
     "characters_may_be_split_anywhere": bent(send=decodes_what_it_sends),
     "stderr_never_mixes_and_never_blocks": bent(stderr_tail=lambda real: real.stderr_tail()[-100:]),
     "a_process_may_end_in_mid_line": bent(receive=holds_a_little_back),
