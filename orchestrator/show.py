@@ -27,8 +27,11 @@ WIDTH = 100
 HEAD, TAIL = 8, 6
 """So many steps of a long turn are shown from its beginning, and from its end."""
 
-TRACEBACK, TRACEBACK_LINES = "Traceback (most recent call last)", 12
-"""How a note that is a traceback begins, and how many of its last lines are told."""
+TRACEBACK = "Traceback (most recent call last)"
+"""How a note that is a traceback begins."""
+
+LAST_LINES = 12
+"""How many lines are told of a traceback, a log or a long message: the last ones, where the cause is."""
 
 Style = Callable[..., str]
 """How words are made to stand out: `click.style`, or nothing."""
@@ -389,9 +392,11 @@ def _errors(result: RolloutResult, style: Style) -> list[str]:
         return []
     lines = [style("Errors", bold=True)]
     for error in result.errors:
-        message = " ".join(str(error["message"]).split())
+        message, *more = str(error["message"]).splitlines() or [""]
         lines.append(f"  {style(error['state'], fg='red')}  {error['error']}: {one_line(message, 400)}")
-        lines += [f"      {one_line(line, WIDTH)}" for line in str(error.get("stderr") or "").splitlines()[-12:]]
+        lines += ["      ..."] if len(more) > LAST_LINES else []
+        lines += [f"      {one_line(line, 400)}" for line in more[-LAST_LINES:]]
+        lines += [f"      {one_line(line)}" for line in str(error.get("stderr") or "").splitlines()[-LAST_LINES:]]
     return lines
 
 
@@ -406,8 +411,8 @@ def _noted(note: str) -> list[str]:
     lines = note.splitlines()
     if len(lines) < 2 or TRACEBACK not in lines[0]:
         return [one_line(note, 400)]
-    cut = ["    ..."] if len(lines) - 1 > TRACEBACK_LINES else []
-    return [one_line(lines[0]), *cut, *(f"    {one_line(line)}" for line in lines[1:][-TRACEBACK_LINES:])]
+    cut = ["    ..."] if len(lines) - 1 > LAST_LINES else []
+    return [one_line(lines[0]), *cut, *(f"    {one_line(line)}" for line in lines[1:][-LAST_LINES:])]
 
 
 def _files(folder: Path) -> list[str]:

@@ -16,7 +16,6 @@ import re
 import tarfile
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
@@ -33,7 +32,10 @@ from states.errors import ConfigError, SandboxError
 DOCKERFILE: Final = "Dockerfile"
 REPOSITORY: Final = "rollout-orchestrator"
 TAIL_LINES: Final = 25
-"""How much of a build's log goes into an error."""
+LINE: Final = 400
+"""How much of a build's log goes into an error: so many lines, and so much of the end of each, in characters."""
+
+_ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @attrs.frozen
@@ -287,14 +289,12 @@ async def _built(engine: Engine, build: Build, note: Note) -> Image:
 
 
 async def _run(engine: Engine, build: Build) -> None:
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
     context = await anyio.to_thread.run_sync(_packed, build)
     with context, build.log.open("w", encoding="utf-8") as log:
 
         def say(text: str) -> None:
             log.write(text)
             log.flush()
-            tail.extend(text.splitlines())
 
         try:
             with engine.says(f"the image of {build.folder} cannot be built") as docker:
@@ -304,9 +304,31 @@ async def _run(engine: Engine, build: Build) -> None:
                 async for line in lines:
                     say(line.get("stream") or (f"{line['status']}\n" if line.get("status") else ""))
         except EngineError as exc:
+            quoted = "".join(f"\n  {line}" for line in last_lines(_end_of(build.log)))
             say(f"\n{exc}\n")
-            quoted = "\n  ".join(line for line in list(tail)[:-1] if line.strip())
-            raise EngineError(f"{exc}; log: {build.log}\n  {quoted}", status=exc.status) from exc
+            raise EngineError(f"{_middle_out(str(exc))}; log: {build.log}{quoted}", status=exc.status) from exc
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (64 << 10)))
+        return file.read().decode(errors="replace")
+
+
+def last_lines(log: str) -> list[str]:
+    r"""The end of a build's log, as a terminal would leave it: what went wrong is in its last lines, at their ends.
+
+    >>> last_lines("\x1b[91mone\ntwo\n\n10%\r100%\n\x1b[0m")
+    ['one', 'two', '100%']
+    """
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in _ESCAPES.sub("", log).split("\n"))
+    told = [line if len(line) <= LINE else f"... {line[-LINE:]}" for line in lines if line]
+    return told[-TAIL_LINES:]
+
+
+def _middle_out(text: str) -> str:
+    """The engine quotes the command that failed, however long that is, before it says what it returned."""
+    return text if len(text) <= 2 * LINE else f"{text[:LINE]} ... {text[-LINE:]}"
 
 
 def _packed(build: Build) -> IO[bytes]:

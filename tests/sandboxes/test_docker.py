@@ -644,6 +644,24 @@ async def test_a_dockerfile_that_fails_says_where(box, tmp_path):
     assert "the last words" in Path(log).read_text()  # noqa: ASYNC240 - a few lines
 
 
+async def test_the_cause_of_a_failed_build_is_in_its_error_however_it_was_written(box, tmp_path):
+    """In many small pieces, in the engine's colours, by a command that is long: its last lines are told, and whole."""
+    noise = "; ".join(f": {number:060}" for number in range(200))
+    script = "for i in 1 2 3 4 5 6 7 8; do for w in a b c d e f; do printf '%s ' $w >&2; sleep 0.002; done; echo >&2; "
+    script += (
+        "done; echo 'the cause is here' >&2; for i in 1 2 3 4 5 6; do printf '%s ' $i >&2; sleep 0.002; done; exit 3"
+    )
+    folder = _context(tmp_path, f"RUN {noise}; {script}")
+    with pytest.raises(SandboxError) as caught:
+        await box(build=folder).start()
+    text = str(caught.value)
+    assert len(text) < 5_000
+    assert "\x1b" not in text
+    assert text.splitlines().count("  a b c d e f") == 8
+    assert "\n  the cause is here\n  1 2 3 4 5 6" in text
+    assert "returned a non-zero code: 3; log: " in text
+
+
 async def test_what_is_ignored_is_neither_sent_nor_hashed(box, tmp_path):
     """`.dockerignore` holds, with its exceptions; odd files do not stop a build."""
     folder = _context(tmp_path, "COPY . /context/", keep="kept", secret="no")
