@@ -19,7 +19,7 @@ import click
 from states.errors import ConfigError, OrchestratorError
 
 if TYPE_CHECKING:
-    from orchestrator.config import RolloutConfig, Scene
+    from orchestrator.config import Role, RolloutConfig, Scene
     from orchestrator.registry import AgentConfig, Registry
     from orchestrator.result import RolloutResult
     from orchestrator.rollout import Rollout
@@ -511,14 +511,13 @@ def _drive(begin: Callable[[], Awaitable[Rollout]], seen: Follower | None, *, qu
                 times += 1
                 name = signal.Signals(number).name
                 if times == 1:
-                    click.echo(f"rollout: {name}: stopping; once more cancels", err=True)
+                    _say_beside_the_view(f"rollout: {name}: stopping; once more cancels")
                     rollout.stop(name)
                 elif times == 2:
-                    click.echo(f"rollout: {name}: cancelling; everything is given back first", err=True)
+                    _say_beside_the_view(f"rollout: {name}: cancelling; everything is given back first")
                     rollout.cancel(name)
                 else:
-                    where = f"in {rollout.state}{_at_most(rollout.state)}"
-                    click.echo(f"rollout: {name}: it is being cancelled, {where}; kill -9 leaves it to reap", err=True)
+                    _say_beside_the_view(f"rollout: {name}: it is being cancelled, in {_waiting_for(rollout)}")
 
     async def view(rollout: Rollout) -> None:
         folder = rollout.folder
@@ -547,6 +546,33 @@ def _drive(begin: Callable[[], Awaitable[Rollout]], seen: Follower | None, *, qu
     return anyio.run(drive)
 
 
+def _say_beside_the_view(text: str) -> None:
+    """A line on stderr that stays: the view of a terminal takes over `sys.stderr`, which `click.echo` goes round."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+WAITS: Mapping[str, str] = {
+    "provisioning": "the sandbox to come up",
+    "connecting": "the agent to answer",
+    "cancelling": "the agent to end its turn",
+    "capturing/whole": "the turn to be sealed",
+    "capturing/partial": "the turn to be sealed",
+    "quiescing": "every process of the agent to be gone",
+    "checking": "the task's tests to end",
+    "verifying": "the task's tests to end",
+    "releasing": "the sandbox to be given back",
+}
+"""What a rollout waits for that is being cancelled."""
+
+
+def _waiting_for(rollout: Rollout) -> str:
+    """What an impatient person wants to know: what it waits for, for how long at most, and what to do instead."""
+    state = rollout.state
+    what = f": waiting for {WAITS[state]}" if state in WAITS else ""
+    return f"{state}{_at_most(state, rollout.config.deadlines)}{what}; kill -9 leaves it to `rollout reap`"
+
+
 @contextlib.asynccontextmanager
 async def _controlled(rollout: Rollout) -> AsyncIterator[None]:
     """Hear a second terminal. Where no socket can be made, that is said, and the rollout runs all the same."""
@@ -556,7 +582,7 @@ async def _controlled(rollout: Rollout) -> AsyncIterator[None]:
         try:
             await stack.enter_async_context(serve(rollout))
         except ConfigError as error:
-            click.echo(f"rollout: it cannot be cancelled from elsewhere: {error}", err=True)
+            _say_beside_the_view(f"rollout: it cannot be cancelled from elsewhere: {error}")
         yield
 
 
@@ -714,10 +740,10 @@ def _diagram_format(output: Path | None) -> str:
     """The format that a file's name says."""
     if output is None:
         return "mermaid"
-    if output.suffix not in SUFFIXES:
+    if output.suffix.lower() not in SUFFIXES:
         known = ", ".join(f"{suffix} ({form})" for suffix, form in SUFFIXES.items())
         raise ConfigError(f"{output}: no diagram is written as {output.suffix or 'that'}; give --format, or {known}")
-    return SUFFIXES[output.suffix]
+    return SUFFIXES[output.suffix.lower()]
 
 
 def _write(path: Path, text: str) -> None:
@@ -836,7 +862,8 @@ def _install(registry: Registry, wanted: Sequence[str], *, as_json: bool) -> int
 def validate(path: Path, *, as_json: bool) -> int:
     """Check a task, a folder of tasks, a rollout.toml, or an agent's manifest (.toml) before anybody runs it.
 
-    What cannot work is an error, and the exit code 1; what is likely to be a surprise is a note.
+    What cannot work is an error, and the exit code 1; what is likely to be a surprise is a note. So is an agent of a
+    task that is not known here: --role replaces it.
     """
     errors, notes = _findings(path)
     if as_json:
@@ -866,14 +893,32 @@ def _findings(path: Path) -> tuple[list[str], list[str]]:
     from orchestrator.tasks import validate as validate_task
 
     folder = path.parent if path.name in {"task.toml", "task.md"} else path
+    strangers: list[str] = []
     try:
         for task in load_tasks(folder):
             if (scene := scene_of(task)) is not None:
-                _check_players(scene, director_of(task, scene), task.path / "task.md")
+                strangers += _strangers(scene, director_of(task, scene), task.path)
     except ConfigError as error:
         errors = str(error).splitlines()
-        return errors, [finding for finding in validate_task(folder) if finding not in errors]
-    return [], validate_task(folder)
+        return errors, [*strangers, *(finding for finding in validate_task(folder) if finding not in errors)]
+    return [], [*strangers, *validate_task(folder)]
+
+
+def _strangers(scene: Scene, director: object, task: Path) -> list[str]:
+    """Roles of a task that are played by an agent of another harness: whoever runs it says by whom instead.
+
+    Raises `ConfigError` for an agent that is known, and cannot work.
+    """
+    from orchestrator.registry import default_registry
+
+    roles, known = _players_of(scene, director), default_registry().names()
+    strange = [role for role in roles if isinstance(role.agent, str) and role.agent not in known]
+    _check_players([role for role in roles if role not in strange], task / "task.md")
+    return [
+        f"{task / 'task.md'}: role {role.name!r}: the agent {role.agent!r} is not known here (see `rollout agents`); "
+        f"give another one: rollout run {task} --role {role.name}=AGENT"
+        for role in strange
+    ]
 
 
 def _is_scene(path: Path) -> bool:
@@ -892,7 +937,7 @@ def _scene_findings(path: Path) -> list[str]:
 
     sys.path.insert(0, str(path.resolve().parent))
     config = load_rollout(path, variables=os.environ)
-    _check_players(config["scene"], config.get("director"), path)
+    _check_players(_players_of(config["scene"], config.get("director")), path)
     if "task" in config:
         load_task(config["task"])
     elif "prompt" not in config and any(turn.prompt is None for turn in config["scene"].turns):
@@ -900,12 +945,18 @@ def _scene_findings(path: Path) -> list[str]:
     return []
 
 
-def _check_players(scene: Scene, director: object, path: Path) -> None:
-    """Raise `ConfigError` when a role of the file `path` is played by an agent that there is not."""
+def _players_of(scene: Scene, director: object) -> list[Role]:
+    """All roles, the director's among them."""
     from orchestrator.config import DirectorRole
+
+    return [*scene.roles, *([director.role] if isinstance(director, DirectorRole) else [])]
+
+
+def _check_players(roles: Sequence[Role], path: Path) -> None:
+    """Raise `ConfigError` when a role of the file `path` is played by an agent that there is not."""
     from orchestrator.registry import default_registry
 
-    for role in (*scene.roles, *([director.role] if isinstance(director, DirectorRole) else [])):
+    for role in roles:
         try:
             default_registry().resolve(role.agent)
         except ConfigError as error:
@@ -1102,7 +1153,7 @@ def _asked(folder: Path, what: Any, *, as_json: bool) -> int:
             click.echo(f"{folder.name}  {answer.said}")
         try:
             for state in states if what == "cancel" else ():
-                click.echo(f"{folder.name}  {state}{_at_most(state)}", err=True)
+                click.echo(f"{folder.name}  {state}{_at_most(state, {})}", err=True)
         except KeyboardInterrupt:
             click.echo(f"rollout: no longer waiting; it is being cancelled all the same, in {state}", err=True)
             return 0
@@ -1111,11 +1162,12 @@ def _asked(folder: Path, what: Any, *, as_json: bool) -> int:
     return 0
 
 
-def _at_most(state: str) -> str:
-    """How long a state of a teardown may take: so long it is waited for, and not longer."""
+def _at_most(state: str, own: Mapping[str, float]) -> str:
+    """How long a state may take: so long it is waited for, and not longer. `own`: the limits of its config."""
     from states.deadlines import DEADLINES
 
-    return f" (at most {DEADLINES[state]:g} s)" if state in DEADLINES else ""
+    limit = own.get(state, DEADLINES.get(state))
+    return "" if limit is None else f" (at most {limit:g} s)"
 
 
 # --- what was left -------------------------------------------------------------------------------------------------
@@ -1143,7 +1195,8 @@ def reap(folder: Path, *, sandbox: str | None, sandbox_options: tuple[str, ...],
     else:
         for row in rows:
             colour = "red" if row["error"] else "green"
-            click.echo(f"{row['rollout']}  {click.style(row['error'] or row['state'], fg=colour)}")
+            idle = "" if row["changed"] or row["error"] else " already, and it holds nothing: nothing to reap"
+            click.echo(f"{row['rollout']}  {click.style(row['error'] or row['state'], fg=colour)}{idle}")
         if not rows:
             click.echo("nothing to reap")
     return 1 if any(row["error"] for row in rows) else 0
@@ -1208,17 +1261,22 @@ def _reaped(folder: Path) -> dict[str, Any]:
     """Reap one; what came of it."""
     import anyio
 
+    from orchestrator.journal import read_journal
     from orchestrator.recovery import reap as reap_rollout
 
+    row: dict[str, Any] = {"rollout": folder.name, "state": None, "reward": None, "leaked": [], "changed": False}
     try:
+        before = len(read_journal(folder))
         result = anyio.run(reap_rollout, folder)
+        changed = len(read_journal(folder)) > before
     except OrchestratorError as error:
-        return {"rollout": folder.name, "state": None, "reward": None, "leaked": [], "error": str(error)}
+        return {**row, "error": str(error)}
     return {
         "rollout": result.rollout,
         "state": result.state,
         "reward": result.reward,
         "leaked": list(result.leaked),
+        "changed": changed,
         "error": f"still held: {', '.join(result.leaked)}" if result.leaked else None,
     }
 

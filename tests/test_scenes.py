@@ -18,6 +18,7 @@ from orchestrator.capture import read_trajectory
 from orchestrator.directors import Story, TurnTaken
 from orchestrator.gateway.scripted import DIALECTS, Say, ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
+from orchestrator.registry import default_registry
 from orchestrator.sandboxes import _bwrap
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.scenes import (
@@ -838,13 +839,29 @@ def test_a_scene_is_validated_with_its_agents_and_its_task(rollout, tmp_path):
     assert "did you mean planner?" in out
 
 
-def test_an_agent_of_a_task_that_there_is_not_is_found_by_validate(rollout, tmp_path):
-    """As `run` would find it, with the file and the role."""
+def test_an_agent_of_another_harness_in_a_task_is_a_note_of_validate_with_the_option_that_replaces_it(
+    rollout, tmp_path
+):
+    """With the file and the role; the task runs as the note says, and not without."""
     (tmp_path / "task").mkdir()
     task_md(tmp_path / "task", TASK)
     assert rollout("validate", "task")[0] == 0
     task_md(tmp_path / "task", TASK.replace("scripted-acp", "claude-code"))
     code, out, _ = rollout("validate", "task")
+    assert code == 0
+    (note,) = [line for line in out.splitlines() if "executor" in line]
+    assert note.startswith(f"note   {tmp_path / 'task/task.md'}: role 'executor': the agent 'claude-code' is not known")
+    assert note.endswith(f"rollout run {tmp_path / 'task'} --role executor=AGENT")
+    assert rollout("run", "task", "--sandbox", "fake")[0] == 2
+    code, out, err = rollout("run", "task", "--sandbox", "fake", "--no-verify", "--role", "executor=scripted")
+    assert code == 0, out + err
+
+
+def test_an_agent_of_a_task_that_is_known_and_cannot_work_is_an_error_of_validate(rollout, tmp_path, monkeypatch):
+    """It is ours, so it is a mistake here."""
+    monkeypatch.setitem(default_registry()._broken, "mine", ConfigError("agent 'mine', entry point 'x:y': no module"))
+    (tmp_path / "task").mkdir()
+    task_md(tmp_path / "task", TASK.replace("scripted-acp", "mine"))
+    code, out, _ = rollout("validate", "task")
     assert code == 1
-    assert "task.md: role 'executor': " in out
-    assert "claude-code" in out
+    assert "task.md: role 'executor': agent 'mine', entry point" in out

@@ -280,6 +280,19 @@ def test_a_wrong_manifest_is_an_error_that_says_which_key(rollout, manifest, sai
     assert said in out
 
 
+def test_a_message_of_many_lines_is_told_from_its_end(folder):
+    """The end of a build's log says what went wrong; its first line what was to be done."""
+    story = story_of(folder)
+    message = "\n".join(
+        ["the image cannot be built", *(f"  step {number}" for number in range(30)), "  no such package"]
+    )
+    error = {"state": "provisioning", "error": "SandboxError", "message": message}
+    told = tell_shortly(attrs.evolve(story, result=attrs.evolve(story.result, errors=(error,))))
+    assert "  provisioning  SandboxError: the image cannot be built\n      ...\n" in told
+    assert "      no such package\n" in told
+    assert "step 3\n" not in told
+
+
 def test_a_traceback_is_told_from_its_end(folder):
     """The last frame is that of what a user brought, and the last line says what it raised."""
     story = story_of(folder)
@@ -315,6 +328,12 @@ def test_a_run_is_painted_into_the_file_whose_name_tells_the_format(rollout, fol
     assert "RoleSwapped ×2" in Path("run.svg").read_text()
     document = json.loads(rollout("diagram", "--run", str(folder), "--json")[1])
     assert document["format"] == "mermaid"
+
+
+def test_the_name_of_a_diagrams_file_may_be_in_capitals(rollout):
+    """An ending means the same however it is written."""
+    assert rollout("diagram", "-o", "RUN.SVG")[0] == 0
+    assert Path("RUN.SVG").read_text().startswith("<svg")
 
 
 def test_a_file_that_cannot_be_written_is_exit_code_2(rollout):

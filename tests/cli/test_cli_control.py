@@ -134,13 +134,14 @@ def test_what_cannot_be_asked_is_exit_code_2_and_one_sentence(tmp_path, capfd, c
 
 
 def test_further_presses_say_what_is_going_on(tmp_path):
-    """The third ^C and those after it change nothing, and say where it is."""
+    """The third ^C and those after it change nothing, and say where it is and what is waited for."""
     process = start(tmp_path, agent(tmp_path, "slow", SLOW))
     until(process, "-> executing")
     for said in (
         "stopping; once more cancels",
         "cancelling; everything is given back first",
-        "it is being cancelled, in",
+        "it is being cancelled, in cancelling (at most 10 s): waiting for the agent to end its turn; kill -9 leaves",
+        "waiting for the agent to end its turn",
     ):
         process.send_signal(signal.SIGINT)
         until(process, said)

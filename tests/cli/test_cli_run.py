@@ -264,10 +264,64 @@ def test_a_killed_rollout_is_reaped_and_a_living_one_is_not(tmp_path, capfd):
     assert (row["state"], row["leaked"], row["error"]) == ("closed/failed", [], None)
     assert cli.main(["show", str(tmp_path / "runs" / row["rollout"])]) == 0
     assert "Recovered" in capfd.readouterr().out
-    assert cli.main(["reap", str(tmp_path / "runs" / row["rollout"])]) == 0
-    capfd.readouterr()
+    assert row["changed"]
+    folder = str(tmp_path / "runs" / row["rollout"])
+    assert cli.main(["reap", folder]) == 0
+    said = f"{row['rollout']}  closed/failed already, and it holds nothing: nothing to reap\n"
+    assert capfd.readouterr().out == said
+    assert cli.main(["reap", folder, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == [{**row, "changed": False}]
     assert cli.main(["reap", str(tmp_path / "runs")]) == 0
     assert capfd.readouterr().out == "nothing to reap\n"
+
+
+def on_screen(written: bytes) -> list[str]:
+    """What a terminal shows that got this: its lines, as far as a view of two lines moves the cursor."""
+    lines, row = [""], 0
+    for part in re.split(r"(\r\n|\r|\n|\x1b\[[0-9;?]*[A-Za-z])", written.decode()):
+        if part == "\r":
+            continue  # what follows one erases the line
+        if part in ("\n", "\r\n"):
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part == "\x1b[1A":
+            row -= 1
+        elif not part.startswith("\x1b"):
+            lines[row] += part
+    return lines
+
+
+def test_what_is_said_of_each_signal_stays_on_a_terminal(tmp_path):
+    """The view that is drawn again ten times a second does not take it away."""
+    controller, terminal = os.openpty()
+    script = {"turns": [[{"say": "working"}, {"ignore_cancel": True}, {"hang": True}]]}
+    process = start(tmp_path, agent(tmp_path, "slow", script), stderr=terminal)
+    os.close(terminal)
+    seen, deadline = b"", time.monotonic() + 60
+
+    def until_seen(word: bytes) -> None:
+        nonlocal seen
+        while word not in seen and time.monotonic() < deadline:
+            seen += os.read(controller, 4096)
+
+    until_seen(b"executing for")
+    for word in (b"stopping; once", b"cancelling; everything", b"it is being cancelled"):
+        process.send_signal(signal.SIGINT)
+        until_seen(word)
+    process.kill()
+    process.wait(timeout=60)
+    try:
+        while more := os.read(controller, 4096):
+            seen += more
+    except OSError:
+        pass  # the terminal is gone with its last user
+    os.close(controller)
+    process.stdout.close()
+    shown = "\n".join(on_screen(seen))
+    words = r"^rollout: SIGINT: stopping;.*\s+rollout: SIGINT: cancelling;.*\s+rollout: SIGINT: it is being cancelled"
+    assert re.search(words, shown, re.MULTILINE), shown
 
 
 def test_on_a_terminal_it_shows_state_age_last_step_and_goes_away(tmp_path):
