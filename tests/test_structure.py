@@ -384,6 +384,15 @@ def test_what_an_import_may_not_do_would_be_seen(mischief, seen):
     assert fresh(code + "print([k for k in before if before[k] != after[k]])") == [seen]
 
 
+def test_the_bench_measures_a_start_with_bytecode_whatever_the_environment_says(monkeypatch):
+    """As an installed program starts: containers often set the variable, and every import would be compiled anew."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    bench = importlib.import_module("bench_kernel")
+    code = "import colorsys, pathlib; assert pathlib.Path(colorsys.__cached__).exists(), colorsys.__cached__"
+    assert bench.start_cpu(code, runs=1) < 1
+
+
 def test_importing_the_orchestrator_changes_nothing_in_the_process():
     """No logger, signal handler, environment variable, thread, loop policy, open file, warning filter or hook."""
     code = WORLD + "import orchestrator\nafter = world()\n"
