@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.journal import JournalSink, read_journal
+from states.errors import OrchestratorError, SandboxError
 from states.events import Recovered
 from states.journal import Header, Record, Transition
 
@@ -83,3 +84,26 @@ def left_behind(labels: Mapping[str, str]) -> Iterator[bool]:
         yield whose == "ours" or (whose == "unknown" and not is_alive(owner_of(read_journal(folder))))
     finally:
         sink.close()
+
+
+async def give_back_each(
+    found: Iterable[tuple[contextlib.AbstractContextManager[bool], Callable[[], Awaitable[str]]]],
+) -> tuple[str, ...]:
+    """What a sweep does with the sandboxes that it found: whether each was left behind, and how it is given back.
+
+    Returns what was said of each that was; nothing is said of one that is left as it is. One that cannot be given back
+    keeps no other one from it.
+
+    Raises `SandboxError`, once all were seen to, naming those that could not be given back, and those that were.
+    """
+    said, failed = [], []
+    for is_left, give_back in found:
+        try:
+            with is_left as left:
+                said.append(await give_back() if left else "")
+        except OrchestratorError as error:
+            failed.append(str(error))
+    done = tuple(filter(None, said))
+    if failed:
+        raise SandboxError("\n".join((*done, *failed)))
+    return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import sys
 import pytest
 
 from orchestrator.journal import JournalSink
-from orchestrator.owners import is_alive, labels_of, left_behind, owner, started_at
+from orchestrator.owners import give_back_each, is_alive, labels_of, left_behind, owner, started_at
+from states.errors import JournalError, SandboxError
 
 HOLD = """
 import sys
@@ -88,3 +90,28 @@ def test_without_a_journal_its_maker_decides(dead, tmp_path):
     assert is_left(dead)
     del dead["folder"]
     assert is_left(dead)
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_given_back_keeps_nothing_else_from_it(dead):
+    """Each that was left is seen to, and no other; then what went wrong is said, beside what went well."""
+    asked = []
+
+    async def give_back(name, wrong=None):
+        asked.append(name)
+        if wrong is not None:
+            raise wrong
+        return f"{name} is gone"
+
+    def found(*names, **wrong):
+        labels = {"mine": labels_of("r1", None)}
+        return [
+            (left_behind(labels.get(name, dead)), functools.partial(give_back, name, wrong.get(name))) for name in names
+        ]
+
+    assert await give_back_each(found("one", "mine", "two")) == ("one is gone", "two is gone")
+    with pytest.raises(SandboxError, match=r"^two is gone\none is locked\nits journal is torn$"):
+        await give_back_each(
+            found("one", "two", "three", one=SandboxError("one is locked"), three=JournalError("its journal is torn"))
+        )
+    assert asked == ["one", "two", "one", "two", "three"]

@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -604,18 +605,24 @@ async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
 
     What somebody living has is left alone, whoever made it, and so is all that we did not make.
     """
-    from orchestrator.owners import left_behind
+    from orchestrator.owners import give_back_each, left_behind
 
     service = await Service.connect(*access(), options.get("target"))
     owner, here = options.get("owner") or socket.gethostname(), socket.gethostname()
-    given_back = []
+
+    async def delete(found: Any) -> str:
+        name, pid = found.labels.get(LABEL, found.id), found.labels.get("owner-pid", "?")
+        await service.delete(found, name)
+        return f"sandbox {name} was deleted: process {pid} of {owner}, which made it, is dead"
+
     try:
-        for found in await service.find({**MADE_BY, "owner-host": owner}):
-            name, pid = found.labels.get(LABEL, found.id), found.labels.get("owner-pid", "?")
-            with left_behind(found.labels) if owner == here else contextlib.nullcontext(True) as left:
-                if left:
-                    await service.delete(found, name)
-                    given_back.append(f"sandbox {name} was deleted: process {pid} of {owner}, which made it, is dead")
+        known = await service.find({**MADE_BY, "owner-host": owner})
+        return await give_back_each(
+            (
+                left_behind(found.labels) if owner == here else contextlib.nullcontext(True),
+                functools.partial(delete, found),
+            )
+            for found in known
+        )
     finally:
         await service.close()
-    return tuple(given_back)

@@ -30,6 +30,7 @@ namespace. The image's ENTRYPOINT is started beside: the task's services are nob
 from __future__ import annotations
 
 import contextlib
+import functools
 import marshal
 import os
 import posixpath
@@ -866,26 +867,27 @@ async def reap(handle: Mapping[str, Any]) -> None:
 
 async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
     """Remove the containers that orchestrators of this machine left: by their labels, a sentence each."""
-    from orchestrator.owners import left_behind
+    from orchestrator.owners import give_back_each, left_behind
 
     engine = Engine.open(options.get("engine"))
-    said = []
+
+    async def remove(one: Any, labels: Mapping[str, str]) -> str:
+        if await _is_kept(engine, one.id):
+            return ""
+        roots = {bound["Destination"]: bound["Source"] for bound in one["Mounts"]}
+        about = {"name": labels["sandbox"], "container": one.id, "engine": engine.url}
+        await reap({**about, "root": roots.get(posixpath.dirname(container.SOCKET))})
+        return f"removed container {labels['sandbox']} of process {labels['owner-pid']}, which is gone"
+
     try:
         with engine.says("what containers there are") as docker:
             found = await docker.containers.list(all=True, filters={"label": [f"{LABEL}sandbox"]})
-        for one in found:
-            labels = {key.removeprefix(LABEL): value for key, value in one["Labels"].items()}
-            with left_behind(labels) as left:
-                if left and not await _is_kept(engine, one.id):
-                    roots = {bound["Destination"]: bound["Source"] for bound in one["Mounts"]}
-                    about = {"name": labels["sandbox"], "container": one.id, "engine": engine.url}
-                    await reap({**about, "root": roots.get(posixpath.dirname(container.SOCKET))})
-                    said.append(
-                        f"removed container {labels['sandbox']} of process {labels['owner-pid']}, which is gone"
-                    )
+        known = [(one, {key.removeprefix(LABEL): value for key, value in one["Labels"].items()}) for one in found]
+        return await give_back_each(
+            (left_behind(labels), functools.partial(remove, one, labels)) for one, labels in known
+        )
     finally:
         await engine.close()
-    return tuple(said)
 
 
 async def _is_kept(engine: Engine, container_id: str) -> bool:

@@ -638,6 +638,22 @@ async def test_a_sweep_deletes_what_dead_orchestrators_of_this_host_left_and_not
     assert loopback.server.boxes == {}
 
 
+async def test_a_sandbox_that_cannot_be_deleted_keeps_no_other_one_from_it(loopback):
+    """All are seen to, then what could not be had is said, beside what could."""
+    ours = {f"owner-{name}": str(value) for name, value in owner().items()}
+    made = [loopback.sandbox(name, labels={**ours, "owner-started": "1"}) for name in ("one", "two", "three")]
+    for sandbox in made:
+        await sandbox.start()
+    fault = loopback.server.fault("DELETE", "/sandbox/[^/]+", status=403, message="one is locked")
+    with pytest.raises(SandboxError, match=r"two was deleted.*\n.*three was deleted.*\n.*one is locked"):
+        await sweep("daytona", {})
+    assert await loopback.left() == ["one"]
+    assert fault.times == 0
+    assert len(await sweep("daytona", {})) == 1
+    for sandbox in made:
+        await sandbox.stop()
+
+
 async def test_a_sandbox_that_cannot_be_given_back_says_so_and_lets_its_channels_go(loopback):
     """Its time to live is what remains; who waits for a process is not left waiting."""
     sandbox = loopback.sandbox()
