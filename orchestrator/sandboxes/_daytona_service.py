@@ -28,6 +28,9 @@ from states.errors import ConfigError, HandleRevoked, PathEscape, SandboxError
 T = TypeVar("T")
 
 TRIES: Final = 6
+REACH_TRIES: Final = 2
+"""Before anything is begun: a service that is not there is said to be away in seconds."""
+
 FIRST_DELAY_SEC: Final = 0.25
 MOST_DELAY_SEC: Final = 60.0
 PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
@@ -91,10 +94,13 @@ class Service:
         with anyio.move_on_after(5, shield=True):
             await self.client.close()
 
-    async def steadily(self, what: str, call: Callable[[], Awaitable[T]], *, gone: str = "") -> T:
+    async def steadily(
+        self, what: str, call: Callable[[], Awaitable[T]], *, gone: str = "", connects: int = TRIES
+    ) -> T:
         """Call, and call again after a passing failure. `gone` names the sandbox that a 404 means.
 
-        Raises `SandboxError` with what the service said.
+        `connects` is how often it is tried where there is no answer at all. Raises `SandboxError` with what the service
+        said.
         """
         for attempt in range(TRIES):
             if self.closed:  # the SDK would open a new connection, and nobody would close that
@@ -102,12 +108,17 @@ class Service:
             try:
                 return await call()
             except sdk().DaytonaError as exc:
-                if attempt == TRIES - 1 or not is_passing(exc):
+                tries = connects if isinstance(exc, sdk().DaytonaConnectionError) else TRIES
+                if attempt >= tries - 1 or not is_passing(exc):
                     raise translated(what, exc, gone) from exc
                 await self.sleep(delay_after(exc, attempt))
         raise AssertionError("unreachable")
 
     # --- sandboxes ---
+
+    async def reach(self, name: str) -> None:
+        """Find out that the service is there and lets us in, before it is asked for sandbox `name`."""
+        await self.steadily(f"before making sandbox {name}", lambda: self._of_name(name), connects=REACH_TRIES)
 
     async def create(self, name: str, make: Callable[[], Any], log: Callable[[str], None]) -> Box:
         """A sandbox that has started. `make` makes its parameters anew: the SDK writes into them."""

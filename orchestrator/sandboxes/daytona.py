@@ -345,14 +345,21 @@ class DaytonaSandbox:
             if self._phase == "stopped":
                 raise SandboxError(f"sandbox {self.name} was stopped; make a new one")
             if self._phase == "new":
-                self._service = await Service.connect(self._key, self.api_url, self.spec.options.get("target"))
-                # In a task of its own: a creation that is cancelled half-way leaves a sandbox that nobody knows.
-                self._creating = asyncio.get_running_loop().create_task(self._create(self._service))
-                self._box = await asyncio.shield(self._creating)
+                self._box = await self._made()
                 await self._furnish(self._box)
                 self._phase = "up"
             assert self._box is not None
         return {"kind": "daytona", "name": self.name, "id": self._box.remote.id, "api_url": self.api_url}
+
+    async def _made(self) -> Box:
+        """A sandbox at the service. A start that failed is gone on with, over the connection that it had."""
+        if self._service is None:
+            self._service = await Service.connect(self._key, self.api_url, self.spec.options.get("target"))
+        if self._creating is None or _has_failed(self._creating):
+            await self._service.reach(self.name)
+            # In a task of its own: a creation that is cancelled half-way leaves a sandbox that nobody knows.
+            self._creating = asyncio.get_running_loop().create_task(self._create(self._service))
+        return await asyncio.shield(self._creating)
 
     async def _create(self, service: Service) -> Box:
         recipe = await anyio.to_thread.run_sync(_Recipe.of, self.spec)
@@ -474,6 +481,10 @@ class DaytonaSandbox:
         if self._phase != "up" or self._box is None:
             raise SandboxError(f"sandbox {self.name} {'was stopped' if self._phase == 'stopped' else 'is not started'}")
         return self._box
+
+
+def _has_failed(creating: asyncio.Task[Box]) -> bool:
+    return creating.done() and (creating.cancelled() or creating.exception() is not None)
 
 
 def _unneeded(folder: Path) -> list[str]:

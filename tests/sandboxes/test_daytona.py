@@ -18,6 +18,7 @@ import pytest
 from requirements import missing, module
 
 import orchestrator.sandboxes.inside
+from orchestrator import Rollout, RolloutConfig
 from orchestrator.owners import owner
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, sweep
 from orchestrator.sandboxes import _daytona_channel as channel_module
@@ -228,15 +229,46 @@ async def test_of_an_interpreter_its_own_packages_stay_here(tmp_path):
 
 
 async def test_a_wrong_key_is_said_as_one(loopback, monkeypatch):
-    """It names the variable, not the key."""
+    """It names the variable, not the key; nothing was asked for, so there is nothing to give back."""
     monkeypatch.setenv("DAYTONA_API_KEY", "another-key")
     sandbox = loopback.sandbox()
     with pytest.raises(SandboxError, match=r"refused the key in DAYTONA_API_KEY.*Invalid credentials") as raised:
         await sandbox.start()
     assert "another-key" not in str(raised.value)
-    monkeypatch.setenv("DAYTONA_API_KEY", loopback.server.key)
-    with pytest.raises(SandboxError, match="refused the key"):
-        await sandbox.stop()
+    await sandbox.stop()
+
+
+async def test_a_service_that_is_not_there_is_said_to_be_away_and_owes_nothing(loopback, sleeps, monkeypatch):
+    """After a second try, before anything is asked for: so no lease of it is kept, to be reaped in vain."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("DAYTONA_API_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/api")
+        config = RolloutConfig(prompt="go", agent="scripted", verifier=None, out=None, sandbox="daytona")
+        result = await Rollout(config).run()
+    assert (result.state, result.verdict.owner, result.leaked) == ("closed/failed", "sandbox", ())
+    assert "Daytona cannot be reached, before making sandbox" in result.verdict.reason
+    assert len(sleeps) == service_module.REACH_TRIES - 1
+
+
+async def test_a_start_that_failed_is_gone_on_with(loopback, monkeypatch):
+    """Over one connection, with one sandbox: whether it failed before, in or after the making of that."""
+    connect, made = service_module.Service.connect, []
+
+    async def connected(*settings):
+        made.append(await connect(*settings))
+        return made[-1]
+
+    monkeypatch.setattr(service_module.Service, "connect", connected)
+    sandbox = loopback.sandbox()
+    for method, path in (("GET", "/sandbox"), ("POST", "/sandbox"), ("POST", "/files/bulk-upload")):
+        loopback.server.fault(method, path, status=403, message=f"not {path} now")
+        with pytest.raises(SandboxError, match=f"not {path} now"):
+            await sandbox.start()
+    await sandbox.start()
+    assert len(loopback.server.created) == 1
+    await sandbox.stop()
+    assert [service.closed for service in made] == [True]
+    assert loopback.server.boxes == {}
 
 
 async def test_a_refusal_for_now_is_waited_out_for_as_long_as_the_service_asks(loopback, sleeps, up):
