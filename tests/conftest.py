@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -75,6 +78,21 @@ async def daytona_service(request, anyio_backend, tmp_path, monkeypatch):
         monkeypatch.setenv("DAYTONA_API_URL", server.url)
         allow_plain_http(monkeypatch)
         yield Service(server)
+
+
+@pytest.fixture
+def daytona_apart(tmp_path_factory, monkeypatch):
+    """The service on loopback in a process of its own, for tests that run one loop after the other."""
+    if importlib.util.find_spec("daytona") is None:
+        missing("daytona", "daytona is not installed: make install-all")
+    server, folder = Path(__file__).with_name("daytona_server.py"), tmp_path_factory.mktemp("service")
+    argv = [sys.executable, str(server), str(folder)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        found = json.loads(process.stdout.readline())
+        monkeypatch.setenv("DAYTONA_API_KEY", found["key"])
+        monkeypatch.setenv("DAYTONA_API_URL", found["url"])
+        yield
+        process.stdin.close()
 
 
 def pytest_collection_modifyitems(config, items):

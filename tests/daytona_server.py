@@ -39,6 +39,7 @@ import attrs
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from orchestrator.sandboxes._bwrap import bwrap_path, interpreter
+from orchestrator.tasks import demo_task
 
 STDOUT, STDERR = b"\x01\x01\x01", b"\x02\x02\x02"
 PTY_LIMIT = 64 * 1024
@@ -360,7 +361,8 @@ class DaytonaServer:
     """Shell commands that a sandbox runs from its start on, as an image's entrypoint does."""
     commands: list = attrs.Factory(list)
     """Every command line that came, to be executed or typed."""
-    snapshots: set = attrs.field(factory=lambda: {"prepared"})
+    snapshots: dict = attrs.field(factory=lambda: {"prepared": demo_task() / "environment"})
+    """By name, what is in `/app`."""
     boxes: dict = attrs.Factory(dict)
     faults: list = attrs.Factory(list)
     calls: list = attrs.Factory(list)
@@ -529,6 +531,8 @@ class DaytonaServer:
         except BaseException:
             await self.vanish(box_id)
             raise
+        if body.snapshot:
+            shutil.copytree(self.snapshots[body.snapshot], box.root / "app", dirs_exist_ok=True)
         return web.json_response(self._dto(box))
 
     async def _build(self, box, info):

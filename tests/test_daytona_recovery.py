@@ -1,4 +1,4 @@
-"""kill -9 of an orchestrator whose sandbox is at a Daytona service: it is given back by journal, or by label."""
+"""kill -9 of an orchestrator whose sandbox is at a Daytona service: it goes on, or is given back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import uuid
 
 import anyio
+import attrs
 import pytest
-from test_resume import STATES, dies_in
+from test_resume import STATES, config_of, dies_in, events, names, went_on
 
 from orchestrator.journal import JournalSink
-from orchestrator.recovery import reap
+from orchestrator.recovery import reap, take
 from orchestrator.sandboxes import sweep
+from states import events as ev
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
@@ -51,6 +53,82 @@ async def test_a_killed_orchestrator_leaves_a_sandbox_that_is_given_back(server,
     assert not result.leaked
     assert server.boxes == {}
     assert await sweep("daytona", {}) == ()
+
+
+@pytest.mark.parametrize("state", ["provisioning", "session/acp", "executing", "checking", "verifying", "releasing"])
+async def test_a_killed_rollout_goes_on_in_its_sandbox_and_is_rewarded(server, tmp_path, state):
+    """With the files as they were, once all that was at work there is gone; one sandbox in all, and none afterwards."""
+    name = f"resumed-{uuid.uuid4().hex[:8]}"
+    done = await anyio.run_process(child(state, tmp_path, name), check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    folder, before = tmp_path / name, names(tmp_path / name)
+    transport = "acp" if state == "session/acp" else "session-factory"
+    config = attrs.evolve(config_of(transport, tmp_path, name, state), **THERE)
+    result = await went_on(folder, config)
+    assert (result.state, result.reward, result.leaked) == ("closed/rewarded", 1.0, ()), result.errors
+    found = names(folder)
+    assert found[: len(before) + 1] == [*before, "Recovered"]
+    assert found.count("Prompted") == found.count("Captured") == result.turns == 2
+    assert len(server.created) == (2 if state == "provisioning" else 1)
+    assert server.boxes == {}
+
+
+async def test_what_a_killed_orchestrators_agents_had_started_is_proven_gone_first(server, tmp_path):
+    """An agent that lived on is killed before anything else happens there, and the journal has the proof."""
+    name, alive = f"resumed-{uuid.uuid4().hex[:8]}", []
+    done = await anyio.run_process(child("session/acp", tmp_path, name), check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    (box,) = server.boxes.values()
+
+    async def is_alive():
+        return (await server._run(box, "grep -q '[s]cripted_acp' /proc/[0-9]*/cmdline", "/"))[0] == 0
+
+    async def look(moved):
+        alive.append((moved.dest, await is_alive()))
+
+    assert await is_alive()
+    config = attrs.evolve(config_of("acp", tmp_path, name, "session/acp"), **THERE, hooks=(look,))
+    result = await went_on(tmp_path / name, config)
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), result.errors
+    assert alive[:3] == [("quiescing", False), ("disconnected", False), ("connecting", False)]
+    proof = next(event.evidence for event in events(tmp_path / name) if isinstance(event, ev.Quiet))
+    assert any("ended what had been started in the sandbox: " in sentence for sentence in proof)
+    assert any(sentence.startswith("none of ") for sentence in proof)
+
+
+async def test_what_another_process_goes_on_with_is_no_dead_ones(server, tmp_path):
+    """Its labels name who was killed; no sweep takes it from who resumed it, nor while that is still on its way."""
+    name, swept = f"resumed-{uuid.uuid4().hex[:8]}", []
+    done = await anyio.run_process(child("executing", tmp_path, name), check=False)
+    assert done.returncode == -9, done.stderr.decode()
+
+    async def look(moved):
+        if moved.dest in ("executing", "verifying"):
+            swept.extend([moved.dest, *await sweep("daytona", {})])
+
+    taken = take(tmp_path / name)
+    assert await sweep("daytona", {}) == ()
+    taken.sink.close()
+    config = config_of("session-factory", tmp_path, name, "executing")
+    result = await went_on(tmp_path / name, attrs.evolve(config, **THERE, hooks=(look,)))
+    assert (result.state, result.reward) == ("closed/rewarded", 1.0), result.errors
+    assert swept == ["executing", "verifying"]
+    assert server.boxes == {}
+
+
+async def test_a_sandbox_that_is_gone_fails_the_rollout_and_not_whoever_resumes_it(server, tmp_path):
+    """Owner sandbox, no reward, and the turn that was open is captured."""
+    name = f"resumed-{uuid.uuid4().hex[:8]}"
+    done = await anyio.run_process(child("executing", tmp_path, name), check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    (box_id,) = server.boxes
+    await server.vanish(box_id)
+    config = config_of("session-factory", tmp_path, name, "executing")
+    result = await went_on(tmp_path / name, attrs.evolve(config, **THERE))
+    assert (result.state, result.reward, result.verdict.owner) == ("closed/failed", None, "sandbox")
+    assert f"sandbox rollout-{name} is gone" in result.verdict.reason
+    assert names(tmp_path / name).count("Captured") == 1
+    assert not result.leaked
 
 
 async def test_what_was_killed_is_found_without_its_journal(server, tmp_path):

@@ -20,12 +20,18 @@ SCRIPT = [{"shell": "echo 41 > answer.txt; echo note > ~/note; mkdir /tmp/scratc
 
 
 @pytest.fixture(
-    params=[pytest.param("local", marks=pytest.mark.sandbox), pytest.param("docker", marks=pytest.mark.docker)]
+    params=[
+        pytest.param("local", marks=pytest.mark.sandbox),
+        pytest.param("docker", marks=pytest.mark.docker),
+        pytest.param("daytona", marks=[pytest.mark.sandbox, pytest.mark.daytona]),
+    ]
 )
 def play(request, tmp_path):
     """`play(...)`: a rollout whose agent leaves a wrong answer, in a sandbox that is kept when it fails."""
     if request.param == "docker":
         request.getfixturevalue("docker_image")()
+    if request.param == "daytona":
+        request.getfixturevalue("daytona_apart")
 
     def play(**settings) -> Path:
         base = {
@@ -34,6 +40,7 @@ def play(request, tmp_path):
             "env": {"ROLLOUT_SCRIPT": json.dumps({"turns": [SCRIPT]})},
             "sandbox": request.param,
             "image_map": {"debian:stable-slim": DEBIAN} if request.param == "docker" else {},
+            "sandbox_options": {"snapshot": "prepared"} if request.param == "daytona" else {},
             "keep_sandbox": "on-failure",
             "out": tmp_path,
         }

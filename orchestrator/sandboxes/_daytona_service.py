@@ -23,7 +23,7 @@ import anyio.to_thread
 import attrs
 
 from orchestrator.sandboxes.inside import keeper
-from states.errors import ConfigError, HandleRevoked, PathEscape, SandboxError
+from states.errors import ConfigError, HandleRevoked, OrchestratorError, PathEscape, QuietError, SandboxError
 
 T = TypeVar("T")
 
@@ -44,6 +44,8 @@ INLINE_BYTES: Final = 16_384
 
 LABEL: Final = "rollout-sandbox"
 MADE_BY: Final = {"made-by": "rollout-orchestrator"}
+KEPT: Final = "rollout-kept"
+"""The label of one that somebody wants to look into."""
 
 
 class Gone(SandboxError):
@@ -149,6 +151,13 @@ class Service:
         async for found in self.client.list(sdk().ListSandboxesQuery(labels={LABEL: name})):
             return found
         return None
+
+    async def get(self, box_id: str, name: str) -> Box:
+        """A sandbox that is there, and up, by its id. Raises `Gone` where it is not."""
+        found = await self.steadily("looking for it", lambda: self.client.get(box_id), gone=name)
+        if found.state != sdk().SandboxState.STARTED:
+            raise Gone(f"sandbox {name} is gone: Daytona says that it is {getattr(found.state, 'value', 'nothing')}")
+        return Box(self, found, name)
 
     async def find(self, labels: Mapping[str, str]) -> list[Any]:
         """Every sandbox with these labels."""
@@ -285,7 +294,7 @@ def judged(what: str, name: str, answer: Any | None, said: str) -> Any:
         raise SandboxError(f"sandbox {name}, {what}: its Python did not do its work, and said: {tail}")
     if "error" not in answer:
         return answer
-    kinds: dict[str, type[SandboxError]] = {"escape": PathEscape, "ended": HandleRevoked}
+    kinds: dict[str, type[OrchestratorError]] = {"escape": PathEscape, "ended": HandleRevoked, "unquiet": QuietError}
     error = kinds.get(answer.get("kind", ""), SandboxError)
     raise error(f"sandbox {name}, {what}: {answer['error']}")
 

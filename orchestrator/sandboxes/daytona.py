@@ -2,7 +2,8 @@
 
 The key comes from `DAYTONA_API_KEY`, the service's address from `DAYTONA_API_URL`; neither is ever written down. A
 sandbox is made from the option `snapshot`, else from the rollout's image, else from the task's Dockerfile, else from
-the service's default snapshot. It ends by itself: `ttl_minutes` is always set, from the rollout's own deadlines.
+the service's default snapshot. It ends by itself: `ttl_minutes` is always set, from the rollout's own deadlines, and
+anew by whoever attaches to it to go on with the rollout.
 
 All that is done in it is done by a program of ours (`inside/`), which needs a Python of at least 3.8 there, and root,
 directly or by `sudo` without a password. It gives each handle namespaces of its own, so that ending a handle ends all
@@ -48,7 +49,16 @@ import attrs
 
 from orchestrator.sandboxes import SandboxSpec, _archives
 from orchestrator.sandboxes._daytona_channel import LINE_KINDS, Channel
-from orchestrator.sandboxes._daytona_service import LABEL, MADE_BY, Box, Gone, Service, inside_files, shell_words
+from orchestrator.sandboxes._daytona_service import (
+    KEPT,
+    LABEL,
+    MADE_BY,
+    Box,
+    Gone,
+    Service,
+    inside_files,
+    shell_words,
+)
 from orchestrator.sandboxes._image_map import map_bases, mapped
 from orchestrator.sandboxes._names import file_name
 from orchestrator.sandboxes.inside import keeper
@@ -159,9 +169,10 @@ class DaytonaHandle:
                     await self.let_go()
             return self._evidence
 
-    async def let_go(self) -> None:
+    async def let_go(self, evidence: tuple[str, ...] = ()) -> None:
         """It has ended, or its sandbox has: what arrived over its channels can still be read."""
         self._phase = "ended"
+        self._evidence = self._evidence or evidence
         for channel in self._channels:
             await channel.release()
         self._channels.clear()
@@ -349,7 +360,8 @@ class DaytonaSandbox:
                 await self._furnish(self._box)
                 self._phase = "up"
             assert self._box is not None
-        return {"kind": "daytona", "name": self.name, "id": self._box.remote.id, "api_url": self.api_url}
+        about = {"kind": "daytona", "name": self.name, "id": self._box.remote.id, "api_url": self.api_url}
+        return {**about, "cwd": self.cwd, "python": self._box.python}
 
     async def _made(self) -> Box:
         """A sandbox at the service. A start that failed is gone on with, over the connection that it had."""
@@ -361,6 +373,38 @@ class DaytonaSandbox:
             self._creating = asyncio.get_running_loop().create_task(self._create(self._service))
         return await asyncio.shield(self._creating)
 
+    async def attach(self, handle: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `states.ports.Attachable`. The sandbox lives on from now for as long as a new one would."""
+        async with self._lock:
+            if self._phase != "new" or self._service is not None:
+                raise SandboxError(f"sandbox {self.name} was started already: it cannot be attached to another one")
+            self.api_url = handle["api_url"]
+            service = await Service.connect(self._key, self.api_url, None)
+            try:
+                box = self._set_up(await service.get(handle["id"], handle["name"]))
+                evidence = await self._take_over(box)
+            except BaseException:
+                await service.close()
+                raise
+            self._service, self._box, self._phase = service, box, "up"
+        return evidence
+
+    async def _take_over(self, box: Box) -> tuple[str, ...]:
+        """End what whoever had it before had started, with a program of ours, and bring what our agents need."""
+        await box.upload(inside_files(box.library))
+        found = await _emptied(box)
+        if self.spec.ttl_sec is not None:
+            await box.steadily("setting its time to live", lambda: box.remote.set_ttl(_minutes(self.spec)))
+        for path in _outermost(self.spec.binds):
+            if path not in found["binds"]:
+                await self._bring(box, path)
+        return tuple(found["evidence"])
+
+    def _set_up(self, box: Box) -> Box:
+        box.python = self.spec.options.get("python", "python3")
+        box.lost = self.spec.lost
+        return box
+
     async def _create(self, service: Service) -> Box:
         recipe = await anyio.to_thread.run_sync(_Recipe.of, self.spec)
         try:
@@ -370,11 +414,9 @@ class DaytonaSandbox:
             raise SandboxError(f"{exc}\nthe build's log ended:\n{tail}" if tail else str(exc)) from exc
         finally:
             recipe.close()
-        box.python = self.spec.options.get("python", "python3")
-        box.lost = self.spec.lost
         for note in dict.fromkeys(recipe.notes):
             self.spec.note(note)
-        return box
+        return self._set_up(box)
 
     async def _furnish(self, box: Box) -> None:
         """Bring our own program in, and the agents."""
@@ -422,10 +464,27 @@ class DaytonaSandbox:
         except TimeoutError as exc:
             raise SandboxError(f"sandbox {self.name} was not given back within {STOP_SEC:g} s") from exc
         finally:
+            await self._let_go(service)
+
+    async def leave(self) -> None:
+        """See `Keepable.leave`. It stays up, with nothing of ours in it, for its time to live; no sweep takes it."""
+        async with self._lock:
+            if self._phase == "up" and self._service is not None and self._box is not None:
+                remote, evidence = self._box.remote, ()
+                try:
+                    labels = {**remote.labels, KEPT: "yes"}
+                    await self._box.steadily("marking it as kept", lambda: remote.set_labels(labels))
+                    evidence = tuple((await _emptied(self._box))["evidence"])
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await self._let_go(self._service, evidence)
             self._phase = "stopped"
-            for handle in self._handles.values():
-                await handle.let_go()
-            await service.close()
+
+    async def _let_go(self, service: Service, evidence: tuple[str, ...] = ()) -> None:
+        self._phase = "stopped"
+        for handle in self._handles.values():
+            await handle.let_go(evidence)
+        await service.close()
 
     async def _end_creation(self, service: Service, creating: asyncio.Task[Box]) -> None:
         """A creation whose end nobody awaited: delete what it makes as soon as the service knows of it."""
@@ -483,8 +542,18 @@ class DaytonaSandbox:
         return self._box
 
 
+async def _emptied(box: Box) -> Any:
+    """End everything in it that was started through a handle. Raises `QuietError` when something outlives that."""
+    return await box.ask("ending what was started in it", {"do": "empty"})
+
+
 def _has_failed(creating: asyncio.Task[Box]) -> bool:
     return creating.done() and (creating.cancelled() or creating.exception() is not None)
+
+
+def _minutes(spec: SandboxSpec) -> int:
+    """Its time to live, as the service counts."""
+    return max(1, math.ceil((spec.ttl_sec or DEFAULT_TTL_SEC) / 60))
 
 
 def _unneeded(folder: Path) -> list[str]:
@@ -557,7 +626,7 @@ class _Recipe:
         common: dict[str, Any] = {
             "name": spec.name,
             "labels": {**spec.labels, **MADE_BY, LABEL: spec.name},
-            "ttl_minutes": max(1, math.ceil((spec.ttl_sec or DEFAULT_TTL_SEC) / 60)),
+            "ttl_minutes": _minutes(spec),
             "auto_stop_interval": 0,  # an agent that thinks is not idle
             "ephemeral": True,  # what is stopped is deleted
             "network_block_all": spec.network in CLOSED,
@@ -592,7 +661,15 @@ def _gib(megabytes: int | None) -> int | None:
     return None if megabytes is None else math.ceil(megabytes / 1024)
 
 
-# --- giving back what a dead orchestrator left ---
+# --- what was kept, and giving back what a dead orchestrator left ---
+
+
+async def reopen(handle: Mapping[str, Any]) -> DaytonaSandbox:
+    """A sandbox that was kept, for a look inside; `leave` it then. Raises `SandboxError` when it is gone."""
+    options = {"python": handle["python"]}
+    sandbox = make(SandboxSpec("daytona", handle["name"], cwd=handle["cwd"], options=options))
+    await sandbox.attach(handle)
+    return sandbox
 
 
 async def reap(handle: Mapping[str, Any]) -> None:
@@ -614,7 +691,7 @@ async def reap(handle: Mapping[str, Any]) -> None:
 async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
     """Delete what dead orchestrators of this host left; of another one where the option `owner` names that.
 
-    What somebody living has is left alone, whoever made it, and so is all that we did not make.
+    What somebody living has is left alone, whoever made it, and so is what was kept, and all that we did not make.
     """
     from orchestrator.owners import give_back_each, left_behind
 
@@ -627,7 +704,7 @@ async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
         return f"sandbox {name} was deleted: process {pid} of {owner}, which made it, is dead"
 
     try:
-        known = await service.find({**MADE_BY, "owner-host": owner})
+        known = [found for found in await service.find({**MADE_BY, "owner-host": owner}) if KEPT not in found.labels]
         return await give_back_each(
             (
                 left_behind(found.labels) if owner == here else contextlib.nullcontext(True),

@@ -20,7 +20,7 @@ from requirements import missing, module
 import orchestrator.sandboxes.inside
 from orchestrator import Rollout, RolloutConfig
 from orchestrator.owners import owner
-from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, sweep
+from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, reopen, sweep
 from orchestrator.sandboxes import _daytona_channel as channel_module
 from orchestrator.sandboxes import _daytona_service as service_module
 from states.errors import ConfigError, HandleRevoked, QuietError, SandboxError
@@ -684,6 +684,164 @@ async def test_a_sandbox_that_cannot_be_deleted_keeps_no_other_one_from_it(loopb
     assert len(await sweep("daytona", {})) == 1
     for sandbox in made:
         await sandbox.stop()
+
+
+# --- taken over, and kept --------------------------------------------------------------------------------------
+
+HOLDS = "(setsid sh -c 'exec 9>/app/held; flock 9; echo held > /app/held.now; exec sleep 1000' >/dev/null 2>&1 &)"
+WAITS = "while [ ! -s /app/held.now ]; do sleep 0.01; done"
+
+
+async def went_away(loopback, name="first", **spec):
+    """What a sandbox was found by that its orchestrator left at work, and the orchestrator's own, which nobody uses."""
+    first = loopback.sandbox(name, **spec)
+    found = await first.start()
+    handle = first.handle("solver-1")
+    await handle.open()
+    await output(handle, f"echo work > work; echo mine > ~/mine; echo scratch > /tmp/scratch; {HOLDS}; {WAITS}")
+    await handle.spawn(["cat"])
+    return first, found
+
+
+@pytest.mark.parametrize("channel", ["session", "pty"])
+async def test_a_sandbox_of_a_dead_orchestrator_is_taken_over_with_its_files_and_nothing_alive(loopback, channel):
+    """What was started is named and gone, also in a trusted handle; the files of each handle are there."""
+    first, found = await went_away(loopback, channel=channel)
+    ours = first.handle("relay", trusted=True)
+    await ours.open()
+    await ours.spawn(["sleep", "1000"])
+    second = loopback.sandbox("second", channel=channel)
+    evidence = await second.attach(found)
+    assert re.match(r"ended what had been started in the sandbox: .*sleep\[\d+\]", evidence[0])
+    assert re.fullmatch(r"none of \d+ processes there is anybody's but the image's, .*", evidence[1])
+    again = second.handle("solver-1")
+    await again.open()
+    assert await output(again, "flock -n held true; cat work ~/mine /tmp/scratch") == "work\nmine\nscratch\n"
+    process = await again.spawn(["cat"])
+    assert await echoed(process, b"hello\n") == b"hello\n"
+    with pytest.raises(SandboxError, match="started already"):
+        await second.attach(found)
+    await second.stop()
+    assert await loopback.left() == []
+    await first.stop()
+
+
+async def test_calls_of_a_dead_orchestrator_that_come_late_do_nothing(loopback):
+    """One that was at work is ended with the rest, and what is still on its way finds no program to run."""
+    first, found = await went_away(loopback)
+    box = first._box
+    second = loopback.sandbox("second")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(refused, first.handle("solver-1").exec("sleep 1000"))
+        while not any('"run"' in command and "sleep 1000" in command for command in loopback.server.commands):
+            await anyio.lowlevel.checkpoint()
+        await second.attach(found)
+    with pytest.raises(SandboxError, match=r"(?s)its Python did not do its work.*No module named"):
+        await box.ask("opening a handle", {"do": "open", "handle": "agent-late", "trusted": False, "token": "late"})
+    await second.stop()
+    await first.stop()
+
+
+async def refused(call):
+    """It ends with an error of the sandbox's."""
+    with pytest.raises(SandboxError):
+        await call
+
+
+async def test_the_tasks_services_and_the_network_outlive_a_change_of_orchestrators(loopback):
+    """What the image had started is nobody's handle; what an agent had the service's daemon start is gone."""
+    loopback.server.services.append("exec 9>/app/service; flock 9; while :; do sleep 1000; done")
+    first, found = await went_away(loopback, network="bridge")
+    (box,) = loopback.server.boxes.values()
+    stranger = "(setsid sh -c 'exec 9>/app/stranger; flock 9; exec sleep 1000' >/dev/null 2>&1 &)"
+    await loopback.server._run(box, f"{stranger}; while flock -n /app/stranger true; do sleep 0.01; done", "/")
+    second = loopback.sandbox("second", network="bridge")
+    await second.attach(found)
+    again = second.handle("solver-2")
+    await again.open()
+    assert (await again.exec("flock -n service true")).return_code != 0
+    assert (await again.exec("flock -n stranger true && flock -n held true")).return_code == 0
+    for sandbox in (second, first):
+        await sandbox.stop()
+
+
+async def test_a_sandbox_that_is_taken_over_lives_as_long_as_a_new_one_from_then_on(loopback):
+    """And what its agents need is brought in where it is not there, and only there."""
+    first, found = await went_away(loopback, ttl_sec=600.0)
+    (box,) = loopback.server.boxes.values()
+    second = loopback.sandbox("second", ttl_sec=7200.0, binds=(str(INSIDE),))
+    await second.attach(found)
+    assert box.dto["ttlMinutes"] == 120
+    third = loopback.sandbox("third", ttl_sec=None, binds=(str(INSIDE),))
+    loopback.notes.clear()
+    await third.attach(found)
+    assert box.dto["ttlMinutes"] == 120
+    assert loopback.notes == []
+    handle = third.handle("solver-1")
+    await handle.open()
+    assert (await handle.read_file(str(INSIDE / "keeper.py"))) == (INSIDE / "keeper.py").read_bytes()
+    for sandbox in (third, second, first):
+        await sandbox.stop()
+
+
+@pytest.mark.parametrize("how", ["vanished", "stopped"])
+async def test_a_sandbox_that_is_gone_cannot_be_taken_over(loopback, how):
+    """It says so, and holds nothing of what it asked."""
+    first, found = await went_away(loopback)
+    if how == "vanished":
+        await loopback.server.vanish(found["id"])
+    else:
+        loopback.server.boxes[found["id"]].dto["state"] = "stopped"
+    second = loopback.sandbox("second")
+    with pytest.raises(SandboxError, match="sandbox first is gone"):
+        await second.attach(found)
+    for sandbox in (second, first):
+        await sandbox.stop()
+
+
+async def test_what_outlives_its_end_is_not_taken_over(loopback, monkeypatch):
+    """Without the proof nobody goes on there; the sandbox is as it was, for whoever gives it back."""
+    first, found = await went_away(loopback)
+    launch = service_module.Box.launch
+    slow = "from orchestrator.sandboxes.inside import keeper; keeper.END_SEC = -1.0; keeper.os.kill = print; import"
+
+    def launched(box, request):
+        return launch(box, request).replace("import sys; sys.path.insert(0, sys.argv.pop(1)); from", prepare, 1)
+
+    prepare = f"import sys; sys.path.insert(0, sys.argv.pop(1)); {slow} sys; from"
+    monkeypatch.setattr(service_module.Box, "launch", launched)
+    second = loopback.sandbox("second")
+    with pytest.raises(QuietError, match="are still there after SIGKILL"):
+        await second.attach(found)
+    monkeypatch.undo()
+    await first.stop()
+
+
+async def test_what_is_kept_stays_until_it_is_given_back_by_name(loopback):
+    """Nothing runs in it, no sweep takes it, its time to live is as it was; reopened, it is kept again."""
+    first, found = await went_away(loopback, ttl_sec=600.0, labels={"owner-host": socket.gethostname()})
+    handle = first.handle("solver-1")
+    await first.leave()
+    await first.leave()
+    assert (await handle.end())[0].startswith("ended what had been started")
+    with pytest.raises(SandboxError, match="was stopped"):
+        await first.upload(INSIDE, "/app/late")
+    (box,) = loopback.server.boxes.values()
+    assert (await loopback.server._run(box, "flock -n /app/held true", "/"))[0] == 0
+    for _ in range(2):
+        assert await sweep("daytona", {"owner": socket.gethostname()}) == ()
+        sandbox = await reopen(found)
+        look = sandbox.handle("look", trusted=True)
+        await look.open()
+        assert await output(look, "cat work; pwd") == "work\n/app\n"
+        await sandbox.leave()
+    assert box.dto["ttlMinutes"] == 10
+    await first.stop()
+    assert await loopback.left() == ["first"]
+    await daytona_module.reap(found)
+    assert await loopback.left() == []
+    with pytest.raises(SandboxError, match="sandbox first is gone"):
+        await reopen(found)
 
 
 async def test_a_sandbox_that_cannot_be_given_back_says_so_and_lets_its_channels_go(loopback):

@@ -49,6 +49,8 @@ INLINE = 262_144
 READ_LIMIT = 256 << 20
 END_SEC = 10.0
 OPEN_SEC = 15.0
+NAMED = 20
+"""So many processes are named in a sentence."""
 
 UNWANTED = ("DAYTONA_", "SUDO_", "ROLLOUT_", "LC_CTYPE")
 """Variables that are not the image's: the service's, sudo's, ours, and what Python sets for itself."""
@@ -161,10 +163,15 @@ def start(asked: Dict[str, Any]) -> Answer:
         "baseline": sorted([pid, begun] for pid, (_, begun) in known.items()),
         "service": sorted(system.ancestors(os.getpid(), known) - {os.getpid()}),
         "env": {name: value for name, value in env.items() if not name.startswith(UNWANTED)},
-        "kept": [],
+        "program": program(),
     }
     save(settings)
     return {"python": sys.version.split()[0], "agent_uid": agent, "caller": caller}
+
+
+def program() -> str:
+    """Where this program is: nobody else's calls run it from here, since each host brings one of its own."""
+    return sys.path[0]
 
 
 def save(settings: Dict[str, Any]) -> None:
@@ -462,10 +469,36 @@ def put_down_strangers(settings: Dict[str, Any]) -> List[str]:
     Where handles share the sandbox's network an agent reaches the service that runs our calls, and could have had it
     start something. What the task's own services started is theirs.
     """
+    here = system.namespace_of(os.getpid())
+    killed = put_down(lambda: {pid for pid in strangers(settings) if system.namespace_of(pid) == here})
+    return ["ended what an agent had started outside of its handle: %s" % killed] if killed else []
+
+
+def emptied(_asked: Dict[str, Any]) -> Answer:
+    """End what was started through any handle, by whomever, and prove it: the image's and the service's are left.
+
+    Whoever had the sandbox before us may be dead with calls on their way. Their program is removed first, so that one
+    which comes late finds nothing to run; one that is here already is no call of ours, and ends with the rest.
+    """
+    settings = config()
+    if settings["program"] != program():
+        shutil.rmtree(settings["program"], ignore_errors=True)
+        if os.path.exists(settings["program"]):
+            raise Failed("the program of whoever had it before cannot be removed: %s" % settings["program"], "unquiet")
+    killed = put_down(lambda: strangers(settings))
+    save(dict(settings, program=program()))
+    evidence = ["ended what had been started in the sandbox: %s" % killed] if killed else []
+    count = len(list(system.pids()))
+    evidence.append("none of %d processes there is anybody's but the image's, the service's and ours" % count)
+    return {"evidence": evidence, "binds": [path for _, path in settings["binds"]]}
+
+
+def put_down(find: Callable[[], Set[int]]) -> str:
+    """Kill what `find` finds until there is nothing, and name it. Raises `Failed` when something outlives that."""
     killed: Dict[int, str] = {}
     until = time.monotonic() + END_SEC
     while True:
-        found = strangers(settings)
+        found = find()
         if not found:
             break
         for pid in found:
@@ -479,14 +512,15 @@ def put_down_strangers(settings: Dict[str, Any]) -> List[str]:
                 "processes %s are still there after SIGKILL" % ", ".join(map(system.name_of, found)), "unquiet"
             )
         time.sleep(0.01)
-    return ["ended what an agent had started outside of its handle: %s" % ", ".join(killed.values())] if killed else []
+    names = [*killed.values()]
+    return ", ".join(names[:NAMED]) + (" and %d more" % (len(names) - NAMED) if len(names) > NAMED else "")
 
 
 def strangers(settings: Dict[str, Any]) -> Set[int]:
-    here = system.namespace_of(os.getpid())
-    seen = {pid: entry for pid, entry in system.living().items() if system.namespace_of(pid) == here}
+    """What is neither the image's nor the service's, nor a call of ours: handles are, with all that is in them."""
+    seen = system.living()
     baseline = {pid for pid, begun in settings["baseline"] if pid in seen and seen[pid][1] == begun}
-    service = set(settings["service"])
+    service = set(settings["service"]) & baseline
     roots = {pid: top_of(pid, seen, service) for pid in seen}
     ours = {roots[pid] for pid in seen if is_keeper(pid)}
     ours |= {roots[pid] for pid in seen if system.ancestors(pid, seen) & (baseline - service)}
@@ -501,12 +535,14 @@ def top_of(pid: int, seen: Dict[int, Tuple[int, str]], service: Set[int]) -> int
 
 
 def is_keeper(pid: int) -> bool:
-    """Whether this is a call of ours: root's, running this program."""
+    """Whether this is a call of ours: root's, running this program from where only we have it, and not in a handle."""
     try:
+        if system.namespace_of(pid) != system.namespace_of(os.getpid()):  # PID 1 of a handle was forked off a call
+            return False
         if os.stat("/proc/%d" % pid).st_uid not in (0, os.getuid()):
             return False
         with open("/proc/%d/cmdline" % pid, "rb") as file:
-            return b"orchestrator.sandboxes.inside.keeper" in file.read()
+            return program().encode() in file.read()
     except OSError:
         return False
 
@@ -712,6 +748,7 @@ OPERATIONS: Dict[str, Callable[[Dict[str, Any]], Optional[Answer]]] = {
     "bind": bind,
     "open": opened,
     "end": ended,
+    "empty": emptied,
     "run": request,
     "kill": request,
     "attach": attach,
