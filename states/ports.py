@@ -227,7 +227,10 @@ class Keepable(Protocol):
     """A sandbox that can be kept, to be looked into once its rollout is closed."""
 
     async def leave(self) -> None:
-        """End all that runs in it and let its files be. This process holds nothing of it then. Idempotent."""
+        """End all that was started through any handle, and let its files be.
+
+        Nothing sweeps it away then. This process holds nothing of it any more: `stop` does nothing. Idempotent.
+        """
 
 
 @runtime_checkable

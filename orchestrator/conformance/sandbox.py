@@ -34,7 +34,7 @@ from orchestrator.conformance.clauses import Clause, ClauseError, same, true
 from orchestrator.sandboxes import reaper
 from orchestrator.transports.acp_wire import MAX_LINE, Lines, Oversize
 from states.errors import ExecTimeout, PathEscape, SandboxError
-from states.ports import ByteChannel, Sandbox, SandboxHandle
+from states.ports import Attachable, ByteChannel, Keepable, Sandbox, SandboxHandle
 
 MakeSandbox = Callable[[], Sandbox]
 Need = Literal["processes", "large"]
@@ -691,6 +691,65 @@ async def what_a_dead_owner_left_is_reaped(make: MakeSandbox) -> None:
         await sandbox.stop()
 
 
+async def _at_work(sandbox: Sandbox) -> SandboxHandle:
+    """An agent's handle that has written a file, a daemon of it, and a service of ours that detached itself."""
+    agent, ours = await _opened(sandbox, "solver"), await _opened(sandbox, "set-up", trusted=True)
+    await agent.write_file("/app/work", b"done")
+    for handle, lock in ((agent, "/app/daemon"), (ours, "/app/service")):
+        await _output(handle, f"(setsid sh -c '{_holding(lock)}' </dev/null >/dev/null 2>&1 &) ; true")
+        await _held(handle, lock)
+    return agent
+
+
+async def _taken_over(sandbox: Sandbox, found: object) -> None:
+    """Attach to what was at work, by what its `start` had returned: its files are there, nothing is alive, it works."""
+    assert isinstance(sandbox, Attachable)
+    evidence = await sandbox.attach(json.loads(json.dumps(found)))
+    true("attach gave no evidence", evidence and all(evidence))
+    agent, ours = await _opened(sandbox, "solver"), await _opened(sandbox, "look", trusted=True)
+    same("a file", await agent.read_file("/app/work"), b"done")
+    for lock in ("/app/daemon", "/app/service"):
+        true(f"who holds {lock} is alive", await _is_free(ours, lock))
+    channel = await agent.spawn(["cat"])
+    await channel.send(b"still here\n")
+    same("answer", await _read(channel, 11), b"still here\n")
+
+
+async def what_a_dead_owner_left_can_be_attached_to(make: MakeSandbox) -> None:
+    """Where it is `Attachable`: a new object takes over the files of an old one, and proves all dead that ran there."""
+    if isinstance(make(), Attachable):
+        async with _up(make) as old:
+            found = dict(await old.start())
+            await _at_work(old)
+            new = make()
+            try:
+                await _taken_over(new, found)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await new.stop()
+
+
+async def what_is_left_can_be_looked_into(make: MakeSandbox) -> None:
+    """Where it is `Keepable`: after `leave`, said twice, it is of no use here, and there for whoever can attach."""
+    if isinstance(make(), Keepable):
+        async with _up(make) as old:
+            assert isinstance(old, Keepable)
+            found = dict(await old.start())
+            try:
+                agent = await _at_work(old)
+                await old.leave()
+                await old.leave()
+                with _refused("use after leave"):
+                    await agent.exec("true")
+                await old.stop()
+                if isinstance(new := make(), Attachable):
+                    await _taken_over(new, found)
+                    await new.stop()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await reaper(found["kind"])(found)
+
+
 async def a_cancelled_open_leaves_nothing(make: MakeSandbox) -> None:
     """Cancelled at any point, `open` leaves a handle that can be opened again, or ended."""
     async with _up(make) as sandbox:
@@ -744,6 +803,8 @@ SANDBOX_CLAUSES: Final = (
             services_of_the_task_live_on,
             other_handles_live_on,
             stop_ends_open_handles,
+            what_a_dead_owner_left_can_be_attached_to,
+            what_is_left_can_be_looked_into,
         )
     ),
     _clause(a_channel_carries_a_line_of_64_mib, "processes", "large"),

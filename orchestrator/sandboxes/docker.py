@@ -385,7 +385,6 @@ class DockerSandbox:
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await self._leave()
-                self._id = ""
                 raise
             self._phase = "up"
         return evidence
@@ -543,6 +542,7 @@ class DockerSandbox:
                     if self._id:
                         await docker.containers.container(self._id).wait()
             finally:
+                self._id = ""  # it is nobody's here any more: a stop has nothing to give back
                 await engine.close()
         await anyio.to_thread.run_sync(_remove_root, self.root)
 

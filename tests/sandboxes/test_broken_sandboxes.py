@@ -47,6 +47,14 @@ class Bent:
             return self._spawned
         return found
 
+    def attach(self, *args: Any) -> Any:
+        """A Protocol is looked for by name, without asking `__getattr__`."""
+        return self.__getattr__("attach")(*args)
+
+    def leave(self) -> Any:
+        """The same."""
+        return self.__getattr__("leave")()
+
     async def _spawned(self, *args: Any, **named: Any) -> Any:
         return Bent(await self.real.spawn(*args, **named), self.bends)
 
@@ -263,6 +271,15 @@ async def stops_only_itself(_real):
     return None
 
 
+async def comes_up_anew(real, _found):
+    await real.start()
+    return ("nothing was there",)
+
+
+async def lets_it_run(_real):
+    return None
+
+
 async def ends_everybody(real):
     sandbox = real._sandbox
     for handle in list(sandbox._handles.values()):
@@ -335,6 +352,8 @@ BROKEN: dict[str, dict[str, Bend]] = {
     "a_cancelled_start_leaves_nothing": bent(start=WedgedOnceCancelled("start")),
     "a_cancelled_open_leaves_nothing": bent(open=WedgedOnceCancelled("open")),
     "what_a_dead_owner_left_is_reaped": bent(start=starts_twice),
+    "what_a_dead_owner_left_can_be_attached_to": bent(attach=comes_up_anew),
+    "what_is_left_can_be_looked_into": bent(leave=lets_it_run),
 }
 """By clause: what is bent so that the clause fails."""
 
