@@ -6,7 +6,8 @@ A kind that ships is a module of this package, named as the kind is, imported on
     NETWORKS                                        which of `Network` it can give; all, where it says nothing
     make(spec: SandboxSpec) -> Sandbox              starts nothing; raises `ConfigError`
     async reap(handle: Mapping[str, Any]) -> None   gives back what `Sandbox.start` returned, or would have; idempotent
-    async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and nothing else: sentences
+    async sweep(options) -> tuple[str, ...]         gives back what dead orchestrators left, and no more: sentences,
+                                                    or an error, once all were seen to
     async def reopen(handle) -> Sandbox             of one that was kept: up for a look inside, then `leave`
     LACKS: frozenset[str]                           needs of conformance clauses that it cannot meet, by design
 
@@ -179,7 +180,10 @@ async def reopen(handle: Mapping[str, Any]) -> Sandbox:
 
 
 async def sweep(kind: str, options: Mapping[str, str]) -> tuple[str, ...]:
-    """Give back every sandbox of this kind that a dead orchestrator of this machine left: a sentence each."""
+    """Give back every sandbox of this kind that a dead orchestrator of this machine left: a sentence each.
+
+    What was kept is left alone. Raises `SandboxError`, once all were seen to, for those that cannot be given back.
+    """
     check_sandbox(kind, options)
     return cast(tuple[str, ...], await _kind(kind).sweep(options))
 

@@ -535,11 +535,12 @@ def top_of(pid: int, seen: Dict[int, Tuple[int, str]], service: Set[int]) -> int
 
 
 def is_keeper(pid: int) -> bool:
-    """Whether this is a call of ours: root's, running this program from where only we have it, and not in a handle."""
+    """Whether this is a call of ours: running this program from where only we have it, and not in a handle."""
     try:
         if system.namespace_of(pid) != system.namespace_of(os.getpid()):  # PID 1 of a handle was forked off a call
             return False
-        if os.stat("/proc/%d" % pid).st_uid not in (0, os.getuid()):
+        caller = int(os.environ.get("SUDO_UID", "0"))  # who it is until it has become root
+        if os.stat("/proc/%d" % pid).st_uid not in (0, caller):
             return False
         with open("/proc/%d/cmdline" % pid, "rb") as file:
             return program().encode() in file.read()
