@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 
+import attrs
 import pytest
 from requirements import missing
 from same_journal import comparable, said_and_done
 from test_real_acp_agents import DEMO, SOLVE, assert_closed, assert_keys_stay_out, assert_metered
 
+from orchestrator import Rollout, RolloutConfig, Scene, Turn
 from orchestrator.capture import read_trajectory
-from orchestrator.gateway.scripted import Hang, Say, Shell, ShellScript, Steps
-from orchestrator.recovery import reap
+from orchestrator.gateway.scripted import Hang, Say, ScriptedUpstream, Shell, ShellScript, Steps
+from orchestrator.gateway.upstream import Upstream
+from orchestrator.recovery import reap, resume
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
@@ -47,6 +50,34 @@ async def test_a_rollout_in_daytona_is_the_one_in_the_local_sandbox(play, dayton
     assert [line for line in comparable(there.folder) if line not in uploads] == comparable(here.folder)
     assert said_and_done(there.folder) == said_and_done(here.folder)
     assert await daytona_service.left() == []
+
+
+async def test_a_metered_rollout_goes_on_over_a_new_relay_in_the_same_sandbox(loopback, tmp_path):
+    """Stopped after its first turn: the second one is counted too, and nothing is brought in once more."""
+    async with ScriptedUpstream(ShellScript(SOLVE), apis=["openai-chat"]) as model:
+        scene = attrs.evolve(Scene.single("minimal-acp", model="m"), turns=(Turn("agent"), Turn("agent", "Again.")))
+        config = RolloutConfig(
+            task=DEMO,
+            scene=scene,
+            out=tmp_path,
+            upstream=Upstream("scripted", model.url, ["openai-chat"]),
+            usage_tracking="required",
+            **THERE,
+        )
+        rollout = Rollout(config)
+        rollout.listeners.append(lambda moved: moved.dest == "capturing/whole" and rollout.stop("SIGINT"))
+        await rollout.run()
+        await rollout.detach()
+        first = rollout.result().usage.total
+        assert first.calls == model.usage.calls > 0
+        result = await (await resume(rollout.folder, config)).run()
+        assert (result.state, result.reward, result.turns) == ("closed/rewarded", 1.0, 2), result.errors
+        assert result.usage.total == model.usage
+    assert model.usage.calls > first.calls
+    assert len(loopback.created) == 1
+    uploads = [note for note in result.notes if note.startswith("uploading ")]
+    assert len(uploads) == len({*uploads}) > 0
+    assert loopback.boxes == {}
 
 
 async def test_what_a_timed_out_agent_left_running_earns_nothing(play, loopback):
