@@ -5,25 +5,51 @@ path: each component is opened below the one before it, links are read and walke
 where it may lead is a `PathEscape`. Files are opened so that a FIFO or a device never blocks, and written by renaming.
 
 All of it blocks; callers run it in a worker thread. A container runs this very file, alone and started in a moment, so
-that it imports neither `typing` nor anything that is not in Python.
+that it imports neither `typing` nor anything that is not in Python. Each import counts there, see supervisor.py:
+`contextlib` and `collections` would be a fifth of its start.
 """
 
-# Imports cost, see above.
-# ruff: noqa: PTH101
+# ruff: noqa: PTH101, SIM105
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import posixpath
 import stat
-from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import contextmanager
     from pathlib import Path
+else:
+
+    def contextmanager(function: Callable[..., Iterator[object]]) -> Callable[..., object]:
+        """As in `contextlib`, for a function that never swallows what is raised in its block."""
+        return lambda *args, **named: _Steps(function(*args, **named))
+
+    class _Steps:
+        """The two steps of such a function: to where it yields, and on from there."""
+
+        __slots__ = ("steps",)
+
+        def __init__(self, steps: Iterator[object]) -> None:
+            self.steps = steps
+
+        def __enter__(self) -> object:
+            return next(self.steps)
+
+        def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
+            if exc is None:
+                next(self.steps, None)
+                return
+            try:
+                self.steps.throw(exc)
+            except BaseException as raised:
+                if raised is not exc:
+                    raise
+
 
 if TYPE_CHECKING or __name__ != "_files":
     from states.errors import PathEscape, SandboxError
@@ -144,7 +170,7 @@ class Tree:
             folder = target.endswith("/")
         return posixpath.join(target, name) if folder else target
 
-    @contextlib.contextmanager
+    @contextmanager
     def _walk(self, path: str, *, make: bool = False) -> Iterator[_Spot]:
         if not path.startswith("/"):
             raise SandboxError(f"a path in a sandbox is absolute, this one is not: {path}")
@@ -171,7 +197,7 @@ class _Spot:
     def __init__(self, path: str, fd: int, name: str, mount: Mount) -> None:
         self.path, self.fd, self.name, self.mount = path, fd, name, mount
 
-    @contextlib.contextmanager
+    @contextmanager
     def open(self) -> Iterator[int]:
         """Open it for reading, whatever it is; never blocks and follows no link."""
         with _opened(self.name, _FILE, dir_fd=self.fd) as fd:
@@ -198,10 +224,10 @@ class _Walk:
         self.fence: Mount | None = None
 
     def go(self) -> _Spot:
-        todo = deque(part for part in self.path.split("/") if part)
+        todo = _parts(self.path)
         last_is_folder = self.path.endswith(("/", "/."))
         while todo:
-            part = todo.popleft()
+            part = todo.pop()
             if part == ".":
                 continue
             if part == "..":
@@ -263,12 +289,14 @@ class _Walk:
                 raise
         if final:
             return 0
-        with contextlib.suppress(FileExistsError):
+        try:
             os.mkdir(part, 0o755, dir_fd=folder)
             _give(mount.owner, part, folder)
+        except FileExistsError:
+            pass
         return os.lstat(part, dir_fd=folder).st_mode
 
-    def _follow(self, part: str, folder: int, mount: Mount, todo: deque[str]) -> None:
+    def _follow(self, part: str, folder: int, mount: Mount, todo: list[str]) -> None:
         """Walk the link ourselves: its target's parts come next."""
         self.links += 1
         if self.links > MAX_LINKS:
@@ -276,15 +304,20 @@ class _Walk:
         target = os.readlink(part, dir_fd=folder)
         if target.startswith("/"):
             self.close()
-        todo.extendleft(reversed([name for name in target.split("/") if name]))
+        todo += _parts(target)
         if self.tree.confined and self.fence is None:
             self.fence = mount
+
+
+def _parts(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [part for part in path.split("/") if part][::-1]
 
 
 # --- copying ---
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_source(source: Path) -> Iterator[int]:
     """Open what is to be copied in. Raises `SandboxError` naming it where it is neither a file nor a folder."""
     try:
@@ -300,7 +333,7 @@ def open_source(source: Path) -> Iterator[int]:
         os.close(origin)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_target(source: str, target: Path, *, folder: bool) -> Iterator[tuple[int, str]]:
     """Where `source` goes on this host: an open folder, and the name of a file in it ("" for a folder's content)."""
     place = target / posixpath.basename(source) if not folder and target.is_dir() else target
@@ -322,7 +355,7 @@ def _give(owner: int | None, name: str, folder: int) -> None:
         os.chown(name, owner, owner, dir_fd=folder, follow_symlinks=False)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _opened(path: str | Path, flags: int, *, dir_fd: int | None = None) -> Iterator[int]:
     fd = os.open(path, flags, dir_fd=dir_fd)
     try:
@@ -331,7 +364,7 @@ def _opened(path: str | Path, flags: int, *, dir_fd: int | None = None) -> Itera
         os.close(fd)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _readable(name: str, flags: int, folder: int) -> Iterator[int]:
     """Open an entry for reading, also one whose permissions its owner took away."""
     try:
@@ -346,7 +379,7 @@ def _readable(name: str, flags: int, folder: int) -> Iterator[int]:
         os.close(fd)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _replacing(folder: int, name: str, mode: int, owner: int | None) -> Iterator[int]:
     """A new file that takes the place of `name` once it is complete."""
     draft = f".{os.urandom(8).hex()}"
@@ -357,8 +390,10 @@ def _replacing(folder: int, name: str, mode: int, owner: int | None) -> Iterator
         os.fchmod(fd, mode & 0o777)  # never set-uid: its owner may be root
         os.replace(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(draft, dir_fd=folder)
+        except FileNotFoundError:
+            pass
         raise
     finally:
         os.close(fd)
@@ -428,7 +463,7 @@ class _Copy:
                     at += sent
             os.ftruncate(copy, info.st_size)
 
-    @contextlib.contextmanager
+    @contextmanager
     def subfolder(self, name: str, parent: int) -> Iterator[int]:
         """The folder `name`, made if there is none; a link or file of that name gives way."""
         try:
