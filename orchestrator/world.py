@@ -521,9 +521,11 @@ class LiveWorld:
         """Bring the agents' logs home."""
         if self.folder is None or not (self._handles or self._evidence):
             return
+        home = self.folder / "agent"
+        home.mkdir(exist_ok=True)  # where there is a folder, a sandbox need not ask what will come
         try:
-            await self.sandbox.download("/logs/agent", self.folder / "agent")
-            await anyio.to_thread.run_sync(self._redactor.folder, self.folder / "agent")
+            await self.sandbox.download("/logs/agent", home)
+            await anyio.to_thread.run_sync(self._redactor.folder, home)
         except SandboxError as error:
             self.note(f"no agent logs: {error}")
 

@@ -140,20 +140,26 @@ class Tree:
     def is_folder(self, source: str) -> bool:
         """Whether it is a folder. Raises `SandboxError` where it is neither that nor a file."""
         with self._walk(source) as spot, spot.open() as origin:
-            mode = os.fstat(origin).st_mode
+            return self._is_folder(source, origin)
+
+    def _is_folder(self, source: str, origin: int) -> bool:
+        mode = os.fstat(origin).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise SandboxError(f"not a file or folder in sandbox {self.name}: {source}")
         return stat.S_ISDIR(mode)
 
     def give_out(self, source: str, out: int, name: str, owner: int | None = None) -> None:
-        """Copy a file to `name` in the open folder `out`, or a folder's content where `name` is empty."""
+        """Copy a file, or a folder's content, into the open folder `out`. `name`: what a file is called there.
+
+        Where `name` is empty, a file keeps its own; where it is not, a folder was not expected.
+        """
         try:
             with self._walk(source) as spot, spot.open() as origin:
-                if stat.S_ISDIR(os.fstat(origin).st_mode) == bool(name):
-                    raise SandboxError(f"{source} in sandbox {self.name} was swapped for another while we looked")
                 copy = _Copy(_stays_inside, owner)
-                if name:
-                    copy.file(origin, out, name)
+                if not self._is_folder(source, origin):
+                    copy.file(origin, out, name or posixpath.basename(source))
+                elif name:
+                    raise SandboxError(f"{source} in sandbox {self.name} was swapped for another while we looked")
                 else:
                     copy.folder(origin, out)
         except OSError as exc:

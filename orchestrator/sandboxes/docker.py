@@ -705,9 +705,10 @@ class DockerSandbox:
     async def download(self, source: str, target: Path) -> None:
         """See `Sandbox.download`. In a folder, links that could lead out of it are left out, as are devices."""
         control = self._require_up()
-        kind = await ask(control, "look", path=source)
         owner = os.getuid() or None
-        with open_target(source, target, folder=kind == b"folder") as (out, name):
+        folder = target.is_dir()  # noqa: ASYNC240 - and then that is where a file goes, too
+        folder = folder or await ask(control, "look", path=source) == b"folder"
+        with open_target(source, target, folder=folder) as (out, name):
             await ask(control, "give", {"file": out}, path=source, name=name, owner=owner)
 
     def _require_up(self) -> Messages:

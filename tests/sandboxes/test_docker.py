@@ -284,6 +284,24 @@ async def test_an_upload_may_go_anywhere(up, tmp_path):
     assert (await handle.exec("echo 3 >> /opt/table.csv")).return_code != 0
 
 
+async def test_a_download_into_a_folder_that_is_there_is_one_request(up, tmp_path, monkeypatch):
+    """Of a file as of a folder: only where there is none does it matter beforehand which of them it is."""
+    sandbox, handle = await up()
+    await said(handle, "mkdir logs; echo 1 > logs/one; echo 2 > two")
+    asked, ask = [], docker.ask
+    monkeypatch.setattr(
+        docker, "ask", lambda control, do, *args, **words: asked.append(do) or ask(control, do, *args, **words)
+    )
+    (tmp_path / "home").mkdir()
+    await sandbox.download("/app/logs", tmp_path / "home")
+    await sandbox.download("/app/two", tmp_path / "home")
+    assert asked == ["give", "give"]
+    await sandbox.download("/app/two", tmp_path / "named")
+    assert asked[2:] == ["look", "give"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["one", "two"]
+    assert (tmp_path / "named").read_text() == "2\n"
+
+
 async def test_folders_of_the_host_are_there_at_their_own_paths(up, tmp_path):
     """Read-only, and also where the image's folder above them is closed to the agent."""
     (tmp_path / "tool").write_text("#!/bin/sh\necho tool\n")

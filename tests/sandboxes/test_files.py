@@ -38,6 +38,26 @@ def app(tmp_path, tree):
     return tmp_path / "app"
 
 
+def test_a_file_keeps_its_name_in_a_folder_that_is_there(tree, app, tmp_path):
+    """So whoever has a folder to copy to need not look first at what will come; what is neither is refused."""
+    (app / "one").write_text("1")
+    (app / "more").mkdir()
+    (app / "more/two").write_text("2")
+    os.mkfifo(app / "fifo")
+    (tmp_path / "home").mkdir()
+    out = os.open(tmp_path / "home", os.O_RDONLY)
+    try:
+        tree.give_out("/app/one", out, "")
+        tree.give_out("/app/more", out, "")
+        with pytest.raises(SandboxError, match="not a file or folder in sandbox box: /app/fifo"):
+            tree.give_out("/app/fifo", out, "")
+        with pytest.raises(SandboxError, match="swapped for another while we looked"):
+            tree.give_out("/app/more", out, "one")
+    finally:
+        os.close(out)
+    assert {path.name: path.read_text() for path in (tmp_path / "home").iterdir()} == {"one": "1", "two": "2"}
+
+
 @pytest.mark.parametrize(
     "target",
     [
