@@ -47,7 +47,7 @@ done"""
 
 _LINKS = f'cd {LOGS} && for file in reward.json reward.txt; do if [ -L "$file" ]; then echo "$file"; fi; done'
 _MODULES = """chmod u+rwx -- "$WORK"
-cd -- "$WORK" || exit
+cd -- "$WORK" || exit 0
 for file in *.py *.pyc *.so */__init__.py; do if [ -e "$file" ]; then echo "$file"; fi; done
 for file in *.dist-info/entry_points.txt *.egg-info/entry_points.txt; do
 if [ -e "$file" ]; then grep -ls pytest11 "$file"; fi
@@ -146,10 +146,12 @@ def _hides(path: str) -> bool:
     return path.endswith("entry_points.txt") or path.partition("/")[0].split(".")[0] in _IMPORTED
 
 
-async def _empty(handle: SandboxHandle) -> None:
-    result = await handle.exec(_EMPTY, cwd="/", timeout_sec=HOUSEKEEPING_SEC)
+async def _empty(handle: SandboxHandle, then: str = "true", **env: str) -> ExecResult:
+    """Empty the folders; `then` goes on in the same shell, since each command of ours is time of every rollout."""
+    result = await handle.exec(f"{_EMPTY}\n{then}", cwd="/", env=env, timeout_sec=HOUSEKEEPING_SEC)
     if result.return_code:
         raise SandboxError(f"{TESTS} and {LOGS} cannot be emptied: {result.stderr.strip()[-TAIL:]}")
+    return result
 
 
 def _next_number(folder: Path) -> int:
@@ -175,6 +177,8 @@ class _Run:
     number: int
     started: float = attrs.field(factory=time.monotonic)
     result: ExecResult = attrs.field(factory=lambda: ExecResult("", "", -1))
+    modules: ExecResult = attrs.field(factory=lambda: ExecResult("", "", 0))
+    """What `_MODULES` found in the work, before anything of the tests ran."""
     rewards: dict[str, float] = attrs.Factory(dict)
     error: str = ""
     notes: list[str] = attrs.Factory(list)
@@ -193,18 +197,18 @@ class _Run:
         return self.verifier.sandbox.handle(name, trusted=True)
 
     async def enter(self) -> None:
-        """End the run before this one, empty the folders, bring the tests in."""
+        """End the run before this one, empty the folders, look at the work, bring the tests in."""
         if self.number > 1:
             await self._handle(f"verifier-{self.number - 1}").end()
         await self.tests.open()
-        await _empty(self.tests)
+        self.modules = await _empty(self.tests, _MODULES, WORK=self.verifier.sandbox.cwd)
         await self.verifier.sandbox.upload(self.verifier.task.verification.folder, TESTS)
 
     async def execute(self) -> None:
         """Run the tests in the task's folder, then end everything that they started."""
         verification = self.verifier.task.verification
         cwd = self.verifier.sandbox.cwd
-        env = await self._guarded_env(cwd)
+        env = self._guarded_env(cwd)
         command = f"chmod +x {TESTS}/*.sh 2>/dev/null; {verification.command}"
         limit = verification.timeout_sec
         try:
@@ -266,7 +270,7 @@ class _Run:
         self.notes += left
         return left
 
-    async def _guarded_env(self, cwd: str) -> dict[str, str]:
+    def _guarded_env(self, cwd: str) -> dict[str, str]:
         """The env of the tests. The task's own env wins over every guard: its author knows best.
 
         pytest takes its settings from where the tests lie; `--confcutdir` also keeps a `/conftest.py` out.
@@ -279,18 +283,17 @@ class _Run:
         guards["PYTEST_ADDOPTS"] = f"--confcutdir={TESTS}"  # no conftest.py from above the tests
         if task.format == "benchflow":
             guards |= {"BENCHFLOW_VERIFIER_DIR": TESTS, "BENCHFLOW_WORKSPACE": cwd}
-        if hidden := await self._hidden_modules(cwd):
+        if hidden := self._hidden_modules():
             guards["PYTHONSAFEPATH"] = "1"
             self.notes.append(f"the work hides Python modules ({hidden}): tests import nothing from {cwd}")
         return {**guards, **self.verifier.env}
 
-    async def _hidden_modules(self, cwd: str) -> str:
-        """Open `cwd`, and find modules in it by the name of one that tests import; "" when there is none."""
-        listed = await self.tests.exec(_MODULES, cwd="/", env={"WORK": cwd}, timeout_sec=HOUSEKEEPING_SEC)
+    def _hidden_modules(self) -> str:
+        """The modules at the top of the work by the name of one that tests import; "" when there is none."""
+        listed, task = self.modules, self.verifier.task
         names = {line for line in listed.stdout.splitlines() if _hides(line)}
-        environment = self.verifier.task.environment
-        if names and environment is not None:
-            names -= {path.relative_to(environment).as_posix() for path in environment.rglob("*")}
+        if names and task.environment is not None:
+            names -= {path.relative_to(task.environment).as_posix() for path in task.environment.rglob("*")}
         if listed.truncated:
             names.add("too many to list")
         return ", ".join(sorted(names)[:5])
