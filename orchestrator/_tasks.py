@@ -8,16 +8,18 @@ one is answerable for its end.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import functools
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 import attrs
+
+if TYPE_CHECKING:
+    import asyncio
 
 T = TypeVar("T")
 
@@ -55,6 +57,8 @@ class Detached(Generic[T]):
         if trio is not None and trio.lowlevel.in_trio_run():
             trio.lowlevel.spawn_system_task(self._run, name=self.name, context=contextvars.copy_context())
         else:
+            import asyncio
+
             task = asyncio.get_running_loop().create_task(self._run(), name=self.name)
             _KEPT.add(task)
             task.add_done_callback(_KEPT.discard)

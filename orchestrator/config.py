@@ -10,14 +10,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import anyio
 import attrs
 
 from orchestrator._words import shown
 from orchestrator.budgets import Budgets, Limits
-from orchestrator.journal import Sink
 from orchestrator.questions import ANSWER_SEC, Policy
 from orchestrator.registry import AgentConfig, Registry, default_registry
 from orchestrator.sandboxes import Network
@@ -25,6 +24,9 @@ from states.deadlines import DEADLINES
 from states.errors import ConfigError
 from states.journal import Transition
 from states.ports import AskHandler, AskUserRequest, ExecSandbox, Plan, Sandbox, Verifier
+
+if TYPE_CHECKING:
+    from orchestrator.journal import Sink
 
 UsageTracking = Literal["auto", "required", "off"]
 Keep = Literal["never", "on-failure", "always"]

@@ -20,7 +20,7 @@ import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import anyio
 import anyio.lowlevel
@@ -29,10 +29,7 @@ import attrs
 from orchestrator._tasks import Detached
 from orchestrator._words import traced
 from orchestrator.config import Hook, RolloutConfig
-from orchestrator.directors import Story
-from orchestrator.journal import JournalWriter
 from orchestrator.result import RolloutResult, Verdict
-from orchestrator.world import build_world
 from states import (
     cancelling,
     capturing,
@@ -53,6 +50,10 @@ from states.events import ABSENT, Cancelled, Event, Failure, Interrupted, Recove
 from states.journal import Cause, Record, Transition
 from states.machine import CAPTURING, SESSION, Facts, Position, fire, rows, stays
 from states.ports import AskHandler, OpenTurn, Stage, Vacant
+
+if TYPE_CHECKING:
+    from orchestrator.directors import Story
+    from orchestrator.journal import JournalWriter
 
 DROP_SEC = 15.0
 HOOK_SEC = 30.0
@@ -104,6 +105,8 @@ class Rollout:
     """Who is told of each transition beside the config's hooks, from when it adds itself until it takes itself out."""
 
     def __init__(self, config: RolloutConfig) -> None:
+        from orchestrator.world import build_world  # all that a rollout is made of: who only imports us waits for none
+
         self.config = config
         self._begin(build_world(config, config.new_id()), Position())
 

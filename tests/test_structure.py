@@ -384,6 +384,16 @@ def test_what_an_import_may_not_do_would_be_seen(mischief, seen):
     assert fresh(code + "print([k for k in before if before[k] != after[k]])") == [seen]
 
 
+def test_importing_the_orchestrator_does_not_load_what_only_a_rollout_needs():
+    """`rollout --help`, and a host that imports us, do not wait for it: the first `Rollout` that is made loads it."""
+    needed = ("asyncio", "msgspec", "orchestrator.world", "orchestrator.journal")
+    code = f"import orchestrator, sys\nprint(sorted(set({needed!r}) & set(sys.modules)))"
+    assert fresh(code) == []
+    made = "orchestrator.Rollout(orchestrator.RolloutConfig(prompt='x', agent='noop', sandbox='fake', out=None))"
+    code = f"import orchestrator, sys\n{made}\nprint(sorted(set({needed!r}) & set(sys.modules)))"
+    assert {"msgspec", "orchestrator.world", "orchestrator.journal"} <= set(fresh(code))
+
+
 def test_the_bench_measures_a_start_with_bytecode_whatever_the_environment_says(monkeypatch):
     """As an installed program starts: containers often set the variable, and every import would be compiled anew."""
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
