@@ -15,6 +15,7 @@ from harness import build
 from test_diagram import journal_of, write_journal
 
 from orchestrator import cli
+from orchestrator.cli import authoring, looking
 from orchestrator.conformance import SANDBOX_CLAUSES
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
@@ -157,7 +158,7 @@ def test_agents_are_listed_with_what_they_speak_and_whether_they_are_installed(r
 
 def test_an_agent_that_cannot_work_is_listed_with_the_reason():
     registry = Registry({"broken": AgentConfig("broken", "acp", launch=("no-such-program-anywhere",))})
-    row = cli._agent_row(registry, "broken")
+    row = authoring._agent_row(registry, "broken")
     assert row["status"].startswith("cannot work: agent 'broken': its program 'no-such-program-anywhere'")
 
 
@@ -165,7 +166,10 @@ def test_an_agent_that_was_never_installed_says_how(monkeypatch, tmp_path):
     monkeypatch.setenv("ROLLOUT_CACHE", str(tmp_path))
     install = Install("npm", ("some-agent@1.0.0",))
     registry = Registry({"some": AgentConfig("some", "acp", launch=("${install}/bin/some",), install=install)})
-    assert cli._agent_row(registry, "some")["status"] == "installed on first use, or by: rollout agents --install some"
+    assert (
+        authoring._agent_row(registry, "some")["status"]
+        == "installed on first use, or by: rollout agents --install some"
+    )
 
 
 def test_installing_what_needs_nothing_says_so(rollout):
@@ -627,7 +631,7 @@ def test_a_diagrams_file_whose_name_says_no_format_is_a_sentence(rollout, tmp_pa
     assert rollout("diagram", "-o", name, "--format", "dot")[0] == 0, "but a format that is given stands"
 
 
-@pytest.mark.parametrize(("suffix", "form"), cli.SUFFIXES.items())
+@pytest.mark.parametrize(("suffix", "form"), looking.SUFFIXES.items())
 def test_a_diagrams_format_is_what_the_name_of_its_file_says(rollout, tmp_path, suffix, form):
     assert rollout("diagram", "-o", f"d{suffix}")[0] == 0
     assert (tmp_path / f"d{suffix}").read_text() == rollout("diagram", "--format", form)[1]

@@ -15,6 +15,7 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from orchestrator import cli
+from orchestrator.cli import options
 from orchestrator.gateway.scripted import Always, Fail, ScriptedUpstream, ShellScript
 from orchestrator.sandboxes import _bwrap
 from orchestrator.tasks import DEMO_COMMAND
@@ -177,7 +178,7 @@ def test_an_unknown_option_is_exit_code_2(run):
 
 
 def test_a_bug_of_ours_is_a_sentence_too(run, monkeypatch):
-    monkeypatch.setattr(cli, "_config", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(options, "_config", lambda *_, **__: 1 / 0)
     code, _, err = run("demo", "--agent", "noop")
     assert code == 1
     assert err == "rollout: this is a bug (ZeroDivisionError: division by zero); ROLLOUT_DEBUG=1 shows where\n"

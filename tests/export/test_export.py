@@ -10,6 +10,7 @@ import pytest
 from export_cases import KEY
 
 from orchestrator import ConfigError, cli
+from orchestrator.cli import looking
 from orchestrator.export import FORMATS, document, export, files_of, recorded
 from orchestrator.export.recorded import Act
 from states.errors import JournalError
@@ -131,7 +132,7 @@ def test_a_format_that_there_is_not_is_a_sentence(one_role):
 
 
 def test_the_command_knows_the_formats_of_the_library():
-    assert tuple(FORMATS) == cli.EXPORTS
+    assert tuple(FORMATS) == looking.EXPORTS
     help_text = cli.cli.commands["export"].help
     assert all(name in help_text for name in FORMATS)
 
