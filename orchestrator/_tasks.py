@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
@@ -32,6 +32,36 @@ PATIENCE = 100
 
 class Abandoned(Exception):
     """The task was cancelled by its owner before it had a result."""
+
+
+class StrayCancellation(Exception):
+    """Code that is not ours raised a cancellation which nobody had asked of the task that it runs in."""
+
+
+@contextlib.contextmanager
+def foreign() -> Iterator[None]:
+    """Around code that is not ours: what it raises is its error, also where that looks like our own cancellation.
+
+    On asyncio whoever awaits something that was cancelled raises `CancelledError`, and some client libraries let it
+    out. Taken for the host's word it would end a rollout, and a host's task, that nobody had cancelled. It is raised as
+    `StrayCancellation`; a cancellation of this task, by a scope or by its host, goes through.
+    """
+    try:
+        yield
+    except anyio.get_cancelled_exc_class() as error:
+        if _is_being_cancelled():
+            raise
+        raise StrayCancellation("what it waited for was cancelled, and nobody had cancelled the rollout") from error
+
+
+def _is_being_cancelled() -> bool:
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return True  # nobody else can make a trio.Cancelled
+    import asyncio
+
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 @attrs.define(eq=False)
@@ -164,7 +194,8 @@ async def first_of(*waits: Callable[[], Awaitable[T]]) -> T:
 
         async def run(number: int, wait: Callable[[], Awaitable[T]]) -> None:
             try:
-                results[number] = await wait()
+                with foreign():
+                    results[number] = await wait()
             except Exception as error:
                 errors.append(error)
             except anyio.get_cancelled_exc_class():

@@ -24,6 +24,7 @@ from typing import Any, Final, overload
 
 import attrs
 
+from orchestrator._tasks import foreign
 from orchestrator._words import shown, traced
 from orchestrator.budgets import Limits
 from orchestrator.config import DirectorRole, Role, Turn
@@ -181,8 +182,9 @@ class DirectedPlan:
 
     async def _asked(self, story: Story) -> Decision:
         try:
-            answer = self.director(story)
-            return await answer if inspect.isawaitable(answer) else answer
+            with foreign():
+                answer = self.director(story)
+                return await answer if inspect.isawaitable(answer) else answer
         except OrchestratorError:
             raise
         except Exception as error:

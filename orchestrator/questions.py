@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
+from orchestrator._tasks import foreign
 from states.errors import AgentError
 from states.ports import AskHandler, AskUserRequest
 
@@ -138,7 +139,8 @@ class _HandlerAnswers:
         option: object = None
         with anyio.move_on_after(self.limit_sec) as limit:
             try:
-                option = await self._call(request)
+                with foreign():
+                    option = await self._call(request)
             except Exception as error:
                 return declined(request, self.by, f"the {self.by} raised {type(error).__name__}: {error}")
         if limit.cancelled_caught:

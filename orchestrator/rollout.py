@@ -26,7 +26,7 @@ import anyio
 import anyio.lowlevel
 import attrs
 
-from orchestrator._tasks import Detached
+from orchestrator._tasks import Detached, foreign
 from orchestrator._words import traced
 from orchestrator.config import Hook, RolloutConfig
 from orchestrator.result import RolloutResult, Verdict
@@ -286,7 +286,7 @@ class Rollout:
         with anyio.CancelScope(deadline=anyio.current_time() + deadline.seconds) as scope:
             self._running.append(scope)
             try:
-                with self._world.telemetry.driving(state, self.config.clock):
+                with self._world.telemetry.driving(state, self.config.clock), foreign():
                     return await HANDLERS[state](self, self._world), "handler"
             except JournalError:
                 raise
@@ -322,7 +322,7 @@ class Rollout:
             moved = self._unheard.popleft()
             for hook in (*self.config.hooks, *self.listeners):
                 try:
-                    with anyio.fail_after(HOOK_SEC):
+                    with anyio.fail_after(HOOK_SEC), foreign():
                         answer = hook(moved)
                         if inspect.isawaitable(answer):
                             await answer

@@ -21,7 +21,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from orchestrator._tasks import Bell, first_of
+from orchestrator._tasks import Bell, first_of, foreign
 from orchestrator._words import shown, traced
 from orchestrator.budgets import METERED, Budgets, Gone, Limit, Limits, brought_up, limits_of
 from orchestrator.capture import DIRECTOR, GrowingTrajectory, TurnSegment, read_trajectory, recovered
@@ -110,8 +110,9 @@ class BroughtVerifier:
 
     async def _asked(self, method: str) -> Any:
         try:
-            found = getattr(self._verifier, method)()
-            return await found if inspect.isawaitable(found) else found
+            with foreign():
+                found = getattr(self._verifier, method)()
+                return await found if inspect.isawaitable(found) else found
         except OrchestratorError:
             raise
         except Exception as error:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import anyio
 import pytest
 from harness import FakeVerifier, build, drive
 from sessions import HandAgent, by_hand, events
 
 from orchestrator import ConfigError, Rollout, RolloutConfig, Turn, run_sync
+from orchestrator._tasks import StrayCancellation, first_of, foreign
 from orchestrator._words import TRACE, traced
 from orchestrator.directors import CHECK
 from orchestrator.export import FORMATS, document, export
+from orchestrator.questions import Questions
+from orchestrator.sandboxes.fake import FakeSandbox
 from states.events import Checked
+from states.ports import AskUserRequest
 
 pytestmark = pytest.mark.anyio
 NOTHING = {"missing_key": 1}
@@ -151,3 +158,85 @@ def test_an_export_of_nothing_on_disk_is_one_sentence(tmp_path, to):
     with pytest.raises(ConfigError, match=r"made of a rollout's folder \(result.folder\), not of a RolloutResult"):
         document(result, to)
     assert not list(tmp_path.iterdir())
+
+
+# --- a cancellation that nobody asked for ---
+
+
+async def stray(*_given, **_named):
+    """As clients do that let out what became of a call of their own."""
+    call = asyncio.ensure_future(asyncio.sleep(60))
+    call.cancel()
+    await call
+
+
+class StrayVerifier:
+    """A verifier whose client lets its cancellation out."""
+
+    verify = check = stray
+
+
+class StrayBox:
+    """A host's sandbox of that kind."""
+
+    has_environment = True
+    start = exec = upload = download = stray
+
+
+STRAYS = {
+    "hook": ({"hooks": (stray,)}, "closed/unverified", "agent"),
+    "verifier": ({"verifier": StrayVerifier(), "max_verifies": 1}, "closed/failed", "verifier"),
+    "director": ({"director": stray}, "closed/failed", "harness"),
+    "sandbox": ({"sandbox": StrayBox()}, "closed/failed", "sandbox"),
+}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("whose", STRAYS)
+async def test_a_cancellation_that_a_users_code_let_out_is_its_own_error(whose):
+    """Nobody cancelled anything: neither is the rollout cancelled, nor is the host's task."""
+    given, state, owner = STRAYS[whose]
+    base = {"prompt": "x", "agent": "scripted", "sandbox": FakeSandbox(), "verifier": None, "out": None}
+    rollout = Rollout(RolloutConfig(**{**base, **given}))
+    with anyio.fail_after(20):
+        result = await rollout.run()
+    assert (result.state, result.verdict.owner) == (state, owner)
+    assert asyncio.current_task().cancelling() == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_question_whose_handler_lets_a_cancellation_out_is_declined():
+    """And says so, as for whatever else a handler raises."""
+    questions = Questions()
+    questions.bind(stray)
+    answer = await questions.answer(AskUserRequest("May I?", ("yes",)))
+    assert (answer.option, answer.by) == (None, "handler")
+    assert "nobody had cancelled the rollout" in answer.why
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_state_whose_part_lets_a_cancellation_out_has_crashed():
+    """Whatever part it is of: the kernel takes no cancellation for the host's that the host did not ask for."""
+
+    class Stray(FakeSandbox):
+        start = stray
+
+    result = await Rollout(RolloutConfig(prompt="x", agent="scripted", sandbox=Stray(), verifier=None, out=None)).run()
+    assert result.state == "closed/failed"
+    assert "nobody had cancelled the rollout" in result.verdict.reason
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("ours_first", [True, False])
+async def test_a_wait_among_others_that_lets_a_cancellation_out_fails_them_all(ours_first):
+    """It is an error of that wait, whichever place it has."""
+    waits = (stray, anyio.sleep_forever) if ours_first else (anyio.sleep_forever, stray)
+    with pytest.raises(StrayCancellation, match="nobody had cancelled"):
+        await first_of(*waits)
+
+
+async def test_a_hosts_own_cancellation_goes_through_foreign_code():
+    """By a scope around it, on either loop."""
+    with anyio.move_on_after(0) as scope, foreign():
+        await anyio.sleep_forever()
+    assert scope.cancelled_caught

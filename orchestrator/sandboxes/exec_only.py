@@ -40,6 +40,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import attrs
 
+from orchestrator._tasks import foreign
 from orchestrator._words import shown
 from orchestrator.sandboxes import _files, exec_call, exec_child
 from orchestrator.sandboxes._files import Mount, Tree
@@ -506,7 +507,7 @@ class ExecOnlySandbox:
     async def _exec(self, command: str, sec: float | None, what: str) -> Any:
         limit = None if sec is None else sec + GRACE_SEC
         try:
-            with anyio.fail_after(None if limit is None else limit + GRACE_SEC):
+            with anyio.fail_after(None if limit is None else limit + GRACE_SEC), foreign():
                 done: Any = await self.within.exec(command, timeout_sec=limit)
         except Exception as error:
             raise _NoAnswer(f"sandbox {self.name}, {what}: {type(error).__name__}: {said(error)}") from error
@@ -601,7 +602,8 @@ _FUTURE: Final = "from __future__ import annotations\n"
 async def _translated(otherwise: str, call: Callable[[], Any]) -> Any:
     """What a member of the host's object does; whatever it raises is a `SandboxError`."""
     try:
-        return await call()
+        with foreign():
+            return await call()
     except SandboxError:
         raise
     except Exception as error:
