@@ -37,8 +37,12 @@ def _seconds(argv: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def local_times_bare(count: int = 40) -> float:
-    """A handle opened, one command, its end proven; times a bare spawn of the same view and the same PID 1."""
+def local_times_bare(*pid_1: str, count: int = 40) -> float:
+    """A handle opened, one command, its end proven; times a bare spawn of the same view.
+
+    With the same PID 1, a Python with what ours loads, which says what our code adds; or with `pid_1` as the only
+    program, which says what the guarantees of a PID 1 of our own cost.
+    """
 
     async def run() -> float:
         with tempfile.TemporaryDirectory() as name:
@@ -48,7 +52,7 @@ def local_times_bare(count: int = 40) -> float:
             await first.open()
             bare, ours = [], []
             for number in range(count):  # in pairs, so that both meet the same machine
-                bare.append(_seconds(_bare(first)))
+                bare.append(_seconds(_bare(first, *pid_1)))
                 handle = sandbox.handle(f"role-{number}")
                 began = time.perf_counter()
                 await handle.open()

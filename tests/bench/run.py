@@ -119,6 +119,12 @@ def rows() -> list[Row]:
             "x",
         ),
         Row(
+            "the same, times a bare bwrap of /bin/true, which has no PID 1 of ours",
+            best_of(3, lambda: measured("local_times_bare('/bin/true')", "bench_sandboxes")),
+            5,
+            "x",
+        ),
+        Row(
             "local sandbox: a command, times a bare bwrap spawn of it",
             best_of(3, lambda: measured("command_times_bare()", "bench_sandboxes")),
             1.5,
