@@ -591,7 +591,6 @@ async def test_a_rollout_may_be_driven_within_one_task_and_cancelled_by_another(
 @pytest.fixture
 def no_collector():
     """What is freed here is freed by itself."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
