@@ -427,6 +427,7 @@ class Channel:
             await line.follow(heard)
         finally:
             self._line = None
+            self.box.unneeded.update([request[1:]] if request.startswith("@") else [])
             await line.close()
 
     def _greeted(self, word: str) -> bool:

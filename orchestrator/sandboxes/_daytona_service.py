@@ -220,6 +220,8 @@ class Box:
     python: str = "python3"
     lost: Callable[[str], None] = lambda _why: None
     """Is told why, when a call finds that the sandbox is gone."""
+    unneeded: set[str] = attrs.field(factory=set)
+    """Files of calls that will not be repeated any more: the next call has them removed."""
 
     async def steadily(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
         """As `Service.steadily`, where a 404 means that the sandbox is gone: whoever finds that out tells its owner."""
@@ -246,16 +248,34 @@ class Box:
         text = json.dumps(asked)
         if not private and len(text) <= INLINE_BYTES:
             return text
-        path = f"{keeper.IN}/{secrets.token_hex(12)}"
-        await self.upload({path: text.encode()})
-        return f"@{path}"
+        return "@" + await self.bring(text.encode())
 
-    async def ask(self, what: str, asked: Mapping[str, Any], *, private: bool = False, sec: int = CALL_SEC) -> Any:
-        """The keeper's answer. Raises `SandboxError` with its sentence."""
-        command = self.launch(await self.request(asked, private=private))
+    async def bring(self, source: bytes | Path) -> str:
+        """Bring in what one call is about: its path there. Whoever made the call says when it is not needed."""
+        path = f"{keeper.IN}/{secrets.token_hex(12)}"
+        await self.upload({path: source})
+        return path
+
+    async def ask(
+        self,
+        what: str,
+        asked: Mapping[str, Any],
+        *,
+        private: bool = False,
+        sec: int = CALL_SEC,
+        brought: Sequence[str] = (),
+    ) -> Any:
+        """The keeper's answer. `brought` is what was brought in for this. Raises `SandboxError` with its sentence."""
+        forget = sorted(self.unneeded)
+        request = await self.request({**asked, "forget": forget} if forget else asked, private=private)
+        command = self.launch(request)
         # In the folder that is always there: the one where tasks work may be shut, or gone.
         call = lambda: self.remote.process.exec(command, cwd="/", timeout=sec)  # noqa: E731
-        reply = await self.steadily(what, call)
+        try:
+            reply = await self.steadily(what, call)
+            self.unneeded.difference_update(forget)
+        finally:
+            self.unneeded.update(brought, [request[1:]] if request.startswith("@") else [])
         return judged(what, self.name, answer_in(reply.result), reply.result)
 
     async def upload(self, files: Mapping[str, bytes | Path]) -> None:

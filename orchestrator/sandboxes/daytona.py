@@ -213,12 +213,13 @@ class DaytonaHandle:
         argv, number = shell_words(command), secrets.token_hex(12)
         asked = self._start_of(argv, cwd, env, user) | {"do": "run", "id": number, "cap": self._sandbox.output_cap}
         asked |= {"stdin": False, "timeout": timeout_sec, "wait": WAIT_SEC}
+        brought = []
         if isinstance(command, str) and len(command) > LONG_COMMAND:
-            await box.upload({f"{keeper.IN}/{number}.sh": command.encode(errors="surrogateescape")})
-            asked |= {"argv": ["/bin/sh", "/proc/self/fd/3"], "script": f"{number}.sh"}
+            brought = [await box.bring(command.encode(errors="surrogateescape"))]
+            asked |= {"argv": ["/bin/sh", "/proc/self/fd/3"], "script": posixpath.basename(brought[0])}
         what = f"running {argv[0]} in {asked['cwd']}"
         try:
-            answer = await box.ask(what, asked, private=bool(env))
+            answer = await box.ask(what, asked, private=bool(env), brought=brought)
             while answer.get("running"):
                 again = {"do": "run", "handle": self._id, "id": number, "wait": WAIT_SEC}
                 answer = await box.ask(what, again)
@@ -257,10 +258,9 @@ class DaytonaHandle:
     async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """See `SandboxHandle.write_file`. A link at `path` is replaced, not followed."""
         box = self._require_open()
-        source = f"{keeper.IN}/{secrets.token_hex(12)}"
-        await box.upload({source: bytes(data)})
+        source = await box.bring(bytes(data))
         asked = self._asked("write") | {"path": self._path(path), "source": source, "mode": mode & 0o777}
-        await box.ask(f"writing {path}", asked)
+        await box.ask(f"writing {path}", asked, brought=[source])
 
     # --- parts ---
 
@@ -435,14 +435,15 @@ class DaytonaSandbox:
             await box.ask(f"looking for {path}", {"do": "bind", "path": path})
             return
         with tempfile.TemporaryDirectory(prefix="rollout-upload-") as scratch:
-            archive, there = Path(scratch, "folder.tar"), f"{keeper.IN}/{secrets.token_hex(12)}"
+            archive = Path(scratch, "folder.tar")
             left_here = _unneeded(Path(path))
             if await anyio.to_thread.run_sync(lambda: _archives.pack(Path(path), archive, without=left_here)):
                 raise SandboxError(f"sandbox {self.name} cannot show {path}: it is a file, not a folder")
             size = archive.stat().st_size  # noqa: ASYNC240 - one call
             self.spec.note(f"uploading {path} to sandbox {self.name}: {math.ceil(size / MB)} MB")
-            await box.upload({there: archive})
-        await box.ask(f"unpacking {path}", {"do": "bind", "path": path, "archive": there}, sec=600)
+            there = await box.bring(archive)
+        asked = {"do": "bind", "path": path, "archive": there}
+        await box.ask(f"unpacking {path}", asked, sec=600, brought=[there])
 
     async def stop(self) -> None:
         """See `Sandbox.stop`. Bounded; what the service does not give back by then is its time to live's."""
@@ -509,14 +510,14 @@ class DaytonaSandbox:
         return handle
 
     async def upload(self, source: Path, target: str) -> None:
-        """See `Sandbox.upload`. Three calls, however many files. Links are copied as links, devices left out."""
+        """See `Sandbox.upload`. Two calls, however many files. Links are copied as links, devices left out."""
         box = self._require_up()
         with tempfile.TemporaryDirectory(prefix="rollout-upload-") as scratch:
-            archive, there = Path(scratch, "files.tar"), f"{keeper.IN}/{secrets.token_hex(12)}"
+            archive = Path(scratch, "files.tar")
             name = await anyio.to_thread.run_sync(_archives.pack, source, archive)
-            await box.upload({there: archive})
+            there = await box.bring(archive)
         asked = {"do": "unpack", "archive": there, "name": name, "path": posixpath.join(self.cwd, target)}
-        await box.ask(f"uploading {source} to {target}", asked, sec=600)
+        await box.ask(f"uploading {source} to {target}", asked, sec=600, brought=[there])
 
     async def download(self, source: str, target: Path) -> None:
         """See `Sandbox.download`. In a folder, links that could lead out of it are left out, as are devices."""
@@ -527,13 +528,14 @@ class DaytonaSandbox:
         await self._fetched(answer["file"], lambda archive: _archives.unpack(archive, target, name=name))
 
     async def _fetched(self, path: str, use: Any) -> Any:
-        """Bring one file home, use it in a thread, forget it there."""
+        """Bring one file home, which is not needed there any more, and use it in a thread."""
         box = self._require_up()
         with tempfile.TemporaryDirectory(prefix="rollout-download-") as scratch:
             here = Path(scratch, "file")
-            await box.download(path, here)
-            with contextlib.suppress(SandboxError):
-                await box.ask("tidying up", {"do": "discard", "paths": [path]})
+            try:
+                await box.download(path, here)
+            finally:
+                box.unneeded.add(path)
             return await anyio.to_thread.run_sync(use, here)
 
     def _require_up(self) -> Box:

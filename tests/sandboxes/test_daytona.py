@@ -10,10 +10,13 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
+import attrs
 import pytest
 from requirements import missing, module
 
@@ -23,6 +26,7 @@ from orchestrator.owners import owner
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, reopen, sweep
 from orchestrator.sandboxes import _daytona_channel as channel_module
 from orchestrator.sandboxes import _daytona_service as service_module
+from orchestrator.sandboxes.inside import keeper
 from states.errors import ConfigError, HandleRevoked, QuietError, SandboxError
 
 module("daytona", "daytona")
@@ -310,13 +314,137 @@ async def test_a_service_that_stays_away_is_given_up_and_named(loopback, sleeps)
     await sandbox.stop()
 
 
-@pytest.mark.parametrize("what", [{"status": 502}, {"drop": "before"}, {"drop": "after"}], ids=str)
-async def test_a_command_whose_answer_was_lost_runs_once(loopback, up, what):
-    """The same command is asked for again under its number, and its result is fetched."""
-    _, handle = await up()
-    loopback.server.fault("POST", EXECUTE, **what)
-    assert await output(handle, "echo ran >> log; cat log") == "ran\n"
-    assert await output(handle, "cat log") == "ran\n"
+LOST = [{"status": 502}, {"drop": "before"}, {"drop": "after"}]
+"""What becomes of one call to the keeper: it was not heard, or its answer was not."""
+
+
+@attrs.frozen
+class Asking:
+    """What an operation of the keeper is asked for with, the answer to its next call being lost."""
+
+    service: Any
+    up: Any
+    tmp_path: Path
+    what: Mapping[str, Any]
+
+    def lose(self, path=EXECUTE, **which):
+        self.service.server.fault("POST", path, **self.what, **which)
+
+    async def start(self):
+        self.lose()
+        _, handle = await self.up()
+        assert await output(handle, "pwd") == "/app\n"
+
+    async def bind(self):
+        (self.tmp_path / "file").write_text("shown")
+        self.lose(skip=1)
+        _, handle = await self.up(binds=(str(self.tmp_path),))
+        assert await output(handle, f"cat {self.tmp_path}/file") == "shown"
+
+    async def open(self):
+        sandbox, _ = await self.up()
+        self.lose()
+        handle = sandbox.handle("other")
+        await handle.open()
+        assert await output(handle, "echo here") == "here\n"
+
+    async def end(self):
+        _, handle = await self.up()
+        self.lose()
+        assert await handle.end()
+
+    async def empty(self):
+        sandbox, handle = await self.up()
+        await output(handle, f"{HOLDS}; {WAITS}")
+        second = self.service.sandbox("second")
+        self.lose()
+        await second.attach(await sandbox.start())
+        again = second.handle("again")
+        await again.open()
+        assert await output(again, "flock -n held true; echo free") == "free\n"
+        await second.stop()
+
+    async def run(self):
+        _, handle = await self.up()
+        for env in (None, {"NAME": "value"}):
+            self.lose()
+            assert (await handle.exec("echo ran$NAME >> log; cat log; rm log", env=env)).stdout.startswith("ran")
+        self.lose()
+        assert (await handle.exec(": " + "x" * daytona_module.LONG_COMMAND + "\necho long")).stdout == "long\n"
+        assert (await handle.exec("cat log")).return_code != 0
+
+    async def kill(self):
+        _, handle = await self.up()
+        process = await handle.spawn(["sleep", "1000"])
+        self.lose()
+        await process.kill()
+        assert await process.wait() == -9
+
+    async def attach(self):
+        _, handle = await self.up()
+        self.lose("/exec")
+        process = await handle.spawn(["sh", "-c", "echo ran$NAME >> log; cat log; cat"], env={"NAME": "once"})
+        assert await process.receive() == b"ranonce\n"
+        assert await echoed(process, b"more\n") == b"more\n"
+
+    async def read(self):
+        _, handle = await self.up()
+        for size in (1, keeper.INLINE + 1):
+            await output(handle, f"head -c {size} /dev/zero > file")
+            self.lose()
+            assert await handle.read_file("file") == bytes(size)
+
+    async def write(self):
+        _, handle = await self.up()
+        self.lose()
+        await handle.write_file("file", b"written")
+        assert await output(handle, "cat file") == "written"
+
+    async def unpack(self):
+        sandbox, handle = await self.up()
+        (self.tmp_path / "file").write_text("brought in")
+        self.lose()
+        await sandbox.upload(self.tmp_path, "/app/folder")
+        assert await output(handle, "cat folder/file") == "brought in"
+
+    async def pack(self):
+        sandbox, handle = await self.up()
+        await output(handle, "echo to be had > file")
+        self.lose()
+        await sandbox.download("/app/file", self.tmp_path / "file")
+        assert (self.tmp_path / "file").read_text() == "to be had\n"
+
+
+@pytest.mark.parametrize("what", LOST, ids=str)
+@pytest.mark.parametrize("operation", sorted(keeper.OPERATIONS))
+async def test_what_is_asked_of_the_keeper_is_done_although_the_answer_is_lost(loopback, up, tmp_path, operation, what):
+    """Each of its operations: it is asked for again, with what was uploaded for it, and a command runs once."""
+    await getattr(Asking(loopback, up, tmp_path, what), operation)()
+    assert not any(fault.times for fault in loopback.server.faults)
+
+
+async def test_what_was_uploaded_for_a_call_is_gone_with_the_next_one(loopback, up, tmp_path):
+    """Environments are nobody's to find, disks are small. What a call that is given up may still need goes too."""
+    sandbox, handle = await up()
+    (box,) = loopback.server.boxes.values()
+    (tmp_path / "file").write_bytes(LINE)
+
+    async def there():
+        await output(handle, "true")
+        return (await loopback.server._run(box, f"ls {keeper.IN} {keeper.OUT}", "/"))[1].split()
+
+    nothing = await there()
+    await handle.exec("true", env={"API_KEY": "secret"})
+    await handle.exec(": " + "x" * daytona_module.LONG_COMMAND)
+    await (await handle.spawn(["true"], env={"API_KEY": "secret"})).wait()
+    await handle.write_file("file", b"data")
+    await sandbox.upload(tmp_path / "file", "/app/file")
+    await sandbox.download("/app/file", tmp_path / "back")
+    await handle.read_file("/app/file")
+    loopback.server.fault("POST", EXECUTE, status=502, times=service_module.TRIES)
+    with pytest.raises(SandboxError):
+        await handle.exec("true", env={"API_KEY": "secret"})
+    assert await there() == nothing
 
 
 @pytest.mark.parametrize("drop", ["before", "after"])

@@ -2,7 +2,8 @@
 
 A request is an argument: JSON, or `@` and the path of a file that holds it (environments are nobody else's to read).
 The answer is the last line, `rollout: ` and JSON; `attach` talks in frames instead (see `init`). What is asked for
-twice is done once, so that the host may repeat a call whose answer was lost.
+twice is done once, or once more to the same end, so that the host may repeat a call whose answer was lost. So no file
+that a call needs is removed by it: a later one names in `forget` what nobody needs any more.
 
 What there is:
 
@@ -77,9 +78,10 @@ def main() -> None:
         else:
             text = word
         asked = json.loads(text)
+        for path in asked.pop("forget", ()):
+            if os.path.dirname(path) in (IN, OUT):
+                forget(path)
         answer = OPERATIONS[asked["do"]](asked)
-        if word.startswith("@"):
-            forget(word[1:])
     except (Failed, files.Escape, files.Unusable, OSError) as exc:
         answer = explained(exc)
     if answer is not None:
@@ -192,10 +194,10 @@ def adopt(folder: str, owner: int) -> None:
 
 def make_network() -> None:
     """The inner network: it lasts as long as `NETWORK` shows it."""
+    if is_namespace(NETWORK):  # this call's answer was lost
+        return
     with open(NETWORK, "a"):
         pass
-    if os.stat(NETWORK).st_size or os.path.ismount(NETWORK) or is_namespace(NETWORK):
-        return
     pid = os.fork()
     if not pid:
         try:
@@ -230,7 +232,6 @@ def bind(asked: Dict[str, Any]) -> Answer:
         os.makedirs(place, exist_ok=True)
         files.unpack(asked["archive"], "", place, [place], 0)
         os.chmod(place, 0o755)
-        forget(asked["archive"])
     elif not os.path.isdir(path):
         raise Failed("the image has no folder %s, which an agent needs" % path, "missing")
     settings["binds"].append([place, path])
@@ -486,6 +487,9 @@ def emptied(_asked: Dict[str, Any]) -> Answer:
         if os.path.exists(settings["program"]):
             raise Failed("the program of whoever had it before cannot be removed: %s" % settings["program"], "unquiet")
     killed = put_down(lambda: strangers(settings))
+    for folder in (IN, OUT):  # what those calls brought, or were to bring home
+        for name in os.listdir(folder):
+            forget(os.path.join(folder, name))
     save(dict(settings, program=program()))
     evidence = ["ended what had been started in the sandbox: %s" % killed] if killed else []
     count = len(list(system.pids()))
@@ -705,8 +709,6 @@ def write(asked: Dict[str, Any]) -> Answer:
         return b""
 
     aside(put)
-    if asked.get("source"):
-        forget(asked["source"])
     return {}
 
 
@@ -721,9 +723,7 @@ def unpack(asked: Dict[str, Any]) -> Answer:
     owner = owner_at(asked["path"], config())
     places = inside(asked)
     assert places is not None
-    count = files.unpack(asked["archive"], asked["name"], asked["path"], places, owner)
-    forget(asked["archive"])
-    return {"entries": count}
+    return {"entries": files.unpack(asked["archive"], asked["name"], asked["path"], places, owner)}
 
 
 def pack(asked: Dict[str, Any]) -> Answer:
@@ -734,14 +734,6 @@ def pack(asked: Dict[str, Any]) -> Answer:
         hand_over(out.fileno())
         kind = files.pack(asked["path"], places, out)
     return {"file": path, "kind": kind, "size": os.stat(path).st_size}
-
-
-def discard(asked: Dict[str, Any]) -> Answer:
-    """Files that were downloaded, or uploads that nobody will use."""
-    for path in asked["paths"]:
-        if os.path.dirname(path) in (IN, OUT):
-            forget(path)
-    return {}
 
 
 OPERATIONS: Dict[str, Callable[[Dict[str, Any]], Optional[Answer]]] = {
@@ -757,5 +749,4 @@ OPERATIONS: Dict[str, Callable[[Dict[str, Any]], Optional[Answer]]] = {
     "write": write,
     "pack": pack,
     "unpack": unpack,
-    "discard": discard,
 }
