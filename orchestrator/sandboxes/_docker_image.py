@@ -24,7 +24,9 @@ import anyio
 import anyio.to_thread
 import attrs
 
+from orchestrator.dockerfile import instructions
 from orchestrator.install import cache_root, locked
+from orchestrator.sandboxes._buildkit import Words
 from orchestrator.sandboxes._docker_engine import Engine, EngineError, docker_config
 from orchestrator.sandboxes._image_map import Note, map_bases, mapped
 from states.errors import ConfigError, SandboxError
@@ -35,6 +37,11 @@ TAIL_LINES: Final = 25
 LINE: Final = 400
 """How much of a build's log goes into an error: so many lines, and so much of the end of each, in characters."""
 
+_HEREDOC_API: Final = (1, 42)
+"""The API of the first engine whose own builder knows here-documents: 23.0."""
+
+_SYNTAX: Final = re.compile(r"\s*#\s*syntax\s*=", re.IGNORECASE)
+_SECRET: Final = re.compile(r"--mount=\S*\btype=(?:secret|ssh)\b")
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -75,7 +82,7 @@ async def find_image(
 
     Raises:
         SandboxError: It cannot be had; with the engine's words, and the end of the build's log.
-        ConfigError: Neither image nor build was given.
+        ConfigError: Neither image nor build was given, or the Dockerfile has what cannot be built here.
     """
     notes: list[str] = []
     if image is not None:
@@ -206,7 +213,7 @@ def read_build(folder: Path, image_map: Mapping[str, str], note: Note) -> Build:
     try:
         text = (folder / DOCKERFILE).read_text(encoding="utf-8")
         files = tuple(_context(folder))
-        dockerfile, bases = map_bases(text, image_map, note)
+        dockerfile, bases = map_bases(text, image_map, note, folder / DOCKERFILE)
         digest = hashlib.sha256(dockerfile.encode())
         for path in files:
             digest.update(f"\n{path.relative_to(folder).as_posix()} {path.lstat().st_mode & 0o170100:o} ".encode())
@@ -214,7 +221,8 @@ def read_build(folder: Path, image_map: Mapping[str, str], note: Note) -> Build:
     except OSError as exc:
         raise SandboxError(f"the image of {folder} cannot be built: {exc}") from exc
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().parent.name.lower()).strip("-") or "task"
-    return Build(folder, dockerfile, bases, files, f"{REPOSITORY}/{name}:{digest.hexdigest()[:16]}")
+    tag = f"{REPOSITORY}/{name}:{digest.hexdigest()[:16]}"
+    return Build(folder, dockerfile, bases, files, tag)
 
 
 def _file_digest(path: Path) -> bytes:
@@ -276,6 +284,7 @@ async def _built(engine: Engine, build: Build, note: Note) -> Image:
     async with locked(build.log.with_suffix(".lock"), lambda: note(waits)):
         if found := await _inspected(engine, build.tag):
             return found
+        _refuse_what_cannot_be_built(build, engine.api)
         began = time.monotonic()
         for base in build.bases:
             await _pulled(engine, base)
@@ -288,6 +297,21 @@ async def _built(engine: Engine, build: Build, note: Note) -> Image:
         return found
 
 
+def _refuse_what_cannot_be_built(build: Build, api: tuple[int, ...]) -> None:
+    """Raise `ConfigError` for what the engine would say no more of than that it does not work."""
+    knows_heredocs = api >= _HEREDOC_API or _SYNTAX.match(build.dockerfile)
+    for found in instructions(build.dockerfile, build.folder / DOCKERFILE):
+        if found.word == "RUN" and _SECRET.search(found.rest):
+            lacks = "a mount of type secret or ssh, which nobody gives it here"
+        elif found.has_heredoc and not knows_heredocs:
+            lacks = "a here-document, which this engine's builder does not know (23.0 does, or a `# syntax=` line)"
+        else:
+            continue
+        raise ConfigError(
+            f"{build.folder / DOCKERFILE}:{found.line} has {lacks}: build the image yourself, and give --image"
+        )
+
+
 async def _run(engine: Engine, build: Build) -> None:
     context = await anyio.to_thread.run_sync(_packed, build)
     with context, build.log.open("w", encoding="utf-8") as log:
@@ -297,12 +321,10 @@ async def _run(engine: Engine, build: Build) -> None:
             log.flush()
 
         try:
-            with engine.says(f"the image of {build.folder} cannot be built") as docker:
-                lines = docker.images.build(
-                    fileobj=context, encoding="identity", tag=build.tag, rm=True, forcerm=True, stream=True
-                )
-                async for line in lines:
-                    say(line.get("stream") or (f"{line['status']}\n" if line.get("status") else ""))
+            words = Words()
+            with engine.says(f"the image of {build.folder} cannot be built"):
+                async for line in engine.build(build.tag, context):
+                    say(words.of(line))
         except EngineError as exc:
             quoted = "".join(f"\n  {line}" for line in last_lines(_end_of(build.log)))
             say(f"\n{exc}\n")

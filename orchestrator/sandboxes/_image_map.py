@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-_FROM = re.compile(r"^(\s*FROM\s+(?:--\S+\s+)*)(\S+)(.*)$", re.IGNORECASE)
-_STAGE = re.compile(r"\s+AS\s+(\S+)\s*$", re.IGNORECASE)
-_ARG = re.compile(r"^\s*ARG\s+([A-Za-z_]\w*)=(\S*)\s*$", re.IGNORECASE)
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
+from orchestrator.dockerfile import expand, instructions
+
+_FROM = re.compile(r"((?:--\S+\s+)*)(\S+)(?:\s+AS\s+(\S+))?", re.IGNORECASE)
 Note = Callable[[str], None]
 
 
@@ -56,8 +55,12 @@ def canonical(image: str) -> str:
     return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
 
 
-def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str, tuple[str, ...]]:
-    """A Dockerfile with the images of its FROM lines mapped, and these images; `note` is told as in `mapped`.
+def map_bases(
+    text: str, image_map: Mapping[str, str], note: Note, path: object = "Dockerfile"
+) -> tuple[str, tuple[str, ...]]:
+    """A Dockerfile with the images of its FROM instructions mapped, and these images; `note` is told as in `mapped`.
+
+    Raises `TaskError` for a line that is no instruction, in the file that is called `path`.
 
     >>> map_bases("FROM debian:12 AS base", {"debian:12": "mine"}, lambda said: None)
     ('FROM mine AS base', ('mine',))
@@ -67,17 +70,20 @@ def map_bases(text: str, image_map: Mapping[str, str], note: Note) -> tuple[str,
     meant: list[str] = []
     bases: list[str] = []
     lines = text.split("\n")
-    for number, line in enumerate(lines):
-        if found := _ARG.match(line):
-            arguments.setdefault(found[1], found[2].strip("\"'"))
-        if not (found := _FROM.match(line)):
+    for found in instructions(text, path):
+        if found.word == "ARG":
+            name, _, default = found.rest.partition("=")
+            arguments.setdefault(name.strip(), expand(default.strip("\"' "), arguments))
+        if found.word != "FROM" or not (parts := _FROM.match(found.rest)):
             continue
-        image = _VARIABLE.sub(lambda name: arguments.get(name[1], name[0]), found[2])
-        if image not in stages:
+        image = expand(parts[2], arguments)
+        if image.lower() not in stages:
             meant.append(image)
             bases.append(_mapped(image, image_map, note))
-            lines[number] = f"{found[1]}{bases[-1] if bases[-1] != image else found[2]}{found[3]}"
-        if alias := _STAGE.search(found[3]):
-            stages.add(alias[1])
+            if bases[-1] != image:
+                line = f"FROM {parts[1]}{bases[-1]}{found.rest[parts.end(2) :]}"
+                lines[found.line - 1 : found.last] = [line, *[""] * (found.last - found.line)]
+        if parts[3]:
+            stages.add(parts[3].lower())
     _say_unmatched(image_map, meant, note)
     return "\n".join(lines), tuple(dict.fromkeys(bases))

@@ -610,7 +610,7 @@ class _Recipe:
     def _dockerfile(self, build: Path) -> str:
         """The Dockerfile, or a copy of its folder in which images are replaced."""
         text = (build / "Dockerfile").read_text(encoding="utf-8", errors="surrogateescape")
-        changed, _ = map_bases(text, self.spec.image_map, self.notes.append)
+        changed, _ = map_bases(text, self.spec.image_map, self.notes.append, build / "Dockerfile")
         if changed == text:
             return str(build / "Dockerfile")
         self._folder = tempfile.TemporaryDirectory(prefix="rollout-build-")

@@ -11,12 +11,12 @@ import json
 import posixpath
 import re
 import shlex
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
 
+from orchestrator.dockerfile import expand, has_heredoc, instructions
 from orchestrator.tasks.files import inside, read_text
 from orchestrator.tasks.task import Copied, Recipe
 from states.errors import TaskError
@@ -27,9 +27,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _QUIET = frozenset({"LABEL", "MAINTAINER", "EXPOSE", "STOPSIGNAL", "VOLUME", "SHELL", "ONBUILD", "ARG"})
 """Instructions without an effect on what a command in the sandbox sees."""
 
-_VARIABLE = re.compile(r"\\\$|\$(?:\{([A-Za-z_]\w*)(?::([-+])([^}]*))?\}|([A-Za-z_]\w*))")
 _DOLLAR = "\0"  # what an escaped dollar is while words are split, which would take its backslash away
-_HEREDOC = re.compile(r"(?<!<)<<(-?)\s*(['\"]?)([A-Za-z_]\w*)\2")
 
 
 @attrs.define(eq=False)
@@ -55,16 +53,7 @@ class _Stage:
     def expand(self, text: str) -> str:
         """`text` with `$NAME` and `${NAME:-default}` replaced; an unknown name is empty, as in Docker."""
         known = {"PATH": DEFAULT_PATH, **self.args, **self.env}
-
-        def value(match: re.Match[str]) -> str:
-            if match[0] == "\\$":
-                return "$"
-            found = known.get(match[1] or match[4], "")
-            if match[2] == "-":
-                return found or match[3]
-            return (match[3] if found else "") if match[2] == "+" else found
-
-        return _VARIABLE.sub(value, text).replace(_DOLLAR, "$")
+        return expand(text, known).replace(_DOLLAR, "$")
 
 
 def read_recipe(dockerfile: Path, root: Path, cwd: str) -> Recipe:
@@ -76,7 +65,8 @@ def read_recipe(dockerfile: Path, root: Path, cwd: str) -> Recipe:
     stage = _Stage("", cwd)
     stages: dict[str, _Stage] = {}
     arguments: dict[str, str] = {}
-    for line, word, rest in _instructions(read_text(dockerfile, root), dockerfile):
+    for found in instructions(read_text(dockerfile, root), dockerfile):
+        line, word, rest = found.line, found.word, found.rest
         where = f"{dockerfile}:{line}"
         match word:
             case "FROM":
@@ -105,36 +95,13 @@ def _next_stage(rest: str, stages: dict[str, _Stage], where: str, cwd: str) -> _
     base, *alias = _words(rest, where) or [""]
     if not base:
         raise TaskError(f"{where}: FROM: expected an image, found {_short(rest)!r}")
-    stage = stages[base].child() if base in stages else _Stage(base, cwd)
-    stages[alias[-1] if alias else str(len(stages))] = stage
+    known = stages.get(base.lower())  # names of stages are the same in either case
+    stage = known.child() if known else _Stage(base, cwd)
+    stages[alias[-1].lower() if alias else str(len(stages))] = stage
     return stage
 
 
-# --- lines ---------------------------------------------------------------------------------------------------
-
-
-def _instructions(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, INSTRUCTION, the rest), with continued lines joined; comments, empty lines and here-documents left out."""
-    lines = deque(enumerate(text.split("\n"), 1))
-    while lines:
-        number, line = lines.popleft()
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        while line.endswith("\\") and lines:
-            following = lines.popleft()[1].strip()
-            line = line if following.startswith("#") else line[:-1].rstrip() + " " + following
-        word, rest = (*line.split(None, 1), "", "")[:2]
-        if not re.fullmatch(r"[A-Za-z]+", word) or not rest:
-            raise TaskError(
-                f"{path}:{number}: expected a Dockerfile instruction and its arguments, found {line[:60]!r}"
-            )
-        for dash, _quote, end in _HEREDOC.findall(rest) if word.upper() in {"RUN", "COPY", "ADD"} else ():
-            bodies = [body.lstrip("\t") if dash else body for _, body in lines]
-            if end in bodies:  # otherwise it was no here-document, but a shift such as 1 << n
-                for _ in range(bodies.index(end) + 1):
-                    lines.popleft()
-        yield number, word.upper(), rest.strip()
+# --- words ---------------------------------------------------------------------------------------------------
 
 
 def _words(rest: str, where: str) -> list[str]:
@@ -177,7 +144,7 @@ def _copy(rest: str, stage: _Stage, context: Path, root: Path, where: str) -> No
     """Note the files of one COPY or ADD; what does not come from `environment/` is only listed."""
     name = f"{Path(where).name}: COPY {_short(rest)}"
     words = [stage.expand(word) for word in _words(_without_flags(rest), where)]
-    if "--from=" in rest or _HEREDOC.search(rest) or any("://" in word for word in words):
+    if "--from=" in rest or has_heredoc(rest) or any("://" in word for word in words):
         stage.skipped.append(name)
         return
     if len(words) < 2:

@@ -650,6 +650,43 @@ async def test_a_base_image_is_mapped_and_the_result_says_so(box, tmp_path):
         await box(build=folder).start()
 
 
+DOCKERFILES = {
+    "a program with a line that begins with from": (
+        'RUN python3 -c "\\',
+        "import os; \\",
+        'from os import path; print(1)"',
+    ),
+    "a stage's name in another case": ("RUN touch /built", "FROM build"),
+    "a mount of its own": ("RUN --mount=type=cache,target=/cache touch /cache/x",),
+    "files with their mode": ("COPY --chmod=755 script /script", "RUN /script"),
+    "arguments that the builder gives": ("ARG TARGETARCH", 'RUN test -n "$TARGETARCH"'),
+}
+
+
+@pytest.mark.parametrize("lines", DOCKERFILES.values(), ids=DOCKERFILES)
+async def test_dockerfiles_build_as_they_are(box, tmp_path, lines):
+    """What docker build takes builds here too, and comes up."""
+    folder = _context(tmp_path, *lines, base=f"{DEBIAN} AS Build", script="#!/bin/sh\ntrue\n")
+    await box(build=folder).start()
+
+
+async def test_a_here_document_builds_or_is_refused_with_its_line(box, tmp_path):
+    """An engine whose builder does not know them is not asked: what to do is said instead."""
+    folder = _context(tmp_path, "RUN <<EOF", "touch /built", "EOF")
+    known = json.loads(ask("GET", "/version")[1])["ApiVersion"].split(".") >= ["1", "42"]
+    refused = pytest.raises(ConfigError, match=rf"^{folder}/Dockerfile:2 has a here-document, .* --image$")
+    with contextlib.nullcontext() if known else refused:
+        await box(build=folder).start()
+
+
+@pytest.mark.parametrize("kind", ["secret,id=key", "ssh"])
+async def test_a_mount_that_nobody_gives_is_refused_with_its_line(box, tmp_path, kind):
+    """The engine would say that there are no active sessions."""
+    folder = _context(tmp_path, "RUN true", f"RUN --mount=type={kind} true")
+    with pytest.raises(ConfigError, match=rf"^{folder}/Dockerfile:3 has a mount of type secret or ssh, .* --image$"):
+        await box(build=folder).start()
+
+
 async def test_a_dockerfile_that_fails_says_where(box, tmp_path):
     """The engine's words, the end of the log, and where the whole of it is."""
     folder = _context(tmp_path, "RUN echo the last words >&2; exit 3")
@@ -677,7 +714,7 @@ async def test_the_cause_of_a_failed_build_is_in_its_error_however_it_was_writte
     assert "\x1b" not in text
     assert text.splitlines().count("  a b c d e f") == 8
     assert "\n  the cause is here\n  1 2 3 4 5 6" in text
-    assert "returned a non-zero code: 3; log: " in text
+    assert "exit code: 3; log: " in text
 
 
 async def test_what_is_ignored_is_neither_sent_nor_hashed(box, tmp_path):
