@@ -72,8 +72,8 @@ _TIME = ("rollout", "wall_sec")
 """The one budget that is not spent in turns alone: `time_left` keeps it."""
 TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))
 """What a rollout may take beyond its own limit: its sandbox must live as long."""
-VERIFIER_MARGIN_SEC = 60.0
-"""What `verifying` gets beyond the task's own limit, for uploads and downloads around the run."""
+MARGIN_SEC = 60.0
+"""What a state gets beyond the limit of the task on a verifier or a build, for what is around these."""
 
 
 @attrs.frozen
@@ -227,8 +227,11 @@ class LiveWorld:
     def deadline(self, state: str, stage: Stage, facts: Facts) -> Deadline:
         """How long `state` may take from now, and whose limit that is."""
         own = self.config.deadlines.get(state, DEADLINES[state])
-        if state in ("verifying", "checking") and self.task is not None and state not in self.config.deadlines:
-            own = self.task.verification.timeout_sec + VERIFIER_MARGIN_SEC
+        if self.task is not None and state not in self.config.deadlines:
+            if state in ("verifying", "checking"):
+                own = self.task.verification.timeout_sec + MARGIN_SEC
+            elif state == "provisioning":
+                own = max(own, self.task.limits.build_timeout_sec + MARGIN_SEC)
         limits = [Deadline(own)]
         if isinstance(stage, OpenTurn) and state == "executing":
             limits = list(self._wall_clock(stage, facts))

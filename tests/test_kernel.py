@@ -19,6 +19,7 @@ from orchestrator import ConfigError, ExecResult, Turn
 from orchestrator.journal import MemorySink, read_journal
 from orchestrator.recovery import resume
 from orchestrator.sandboxes.fake import HANG, FakeSandbox
+from orchestrator.tasks import demo_task, load_task
 from states import events as ev
 from states.errors import JournalError, QuietError
 from states.events import Failure, Next
@@ -492,6 +493,7 @@ def test_a_rollout_whose_time_is_up_before_an_agent_was_asked_is_not_graded(tran
     mocked(main)
 
 
+TEN = {"deadlines": {"provisioning": 10.0}}
 HUNG = {
     "provisioning": ({"faults": {"start": HANG}}, "SandboxFailed", 600.0),
     "connecting": ({"faults": {"open": HANG}}, "ConnectFailed", 360.0),
@@ -515,6 +517,24 @@ def test_a_state_that_hangs_is_left_after_its_own_deadline(transport, state):
         since = entered[0] if entered else stand.rollout.journal[0].time
         assert spent.time - since == pytest.approx(seconds, rel=0.01)
         assert stand.rollout.closed
+
+    mocked(main)
+
+
+@pytest.mark.parametrize(
+    ("build_sec", "more", "seconds"), [(3600.0, {}, 3660.0), (9.0, {}, 600.0), (3600.0, TEN, 10.0)]
+)
+def test_a_sandbox_may_take_as_long_as_its_task_says_that_a_build_does(build_sec, more, seconds):
+    """And what is around a build; never less than usual, and what the configuration says goes before it."""
+
+    async def main():
+        task = load_task(demo_task())
+        task = attrs.evolve(task, limits=attrs.evolve(task.limits, build_timeout_sec=build_sec))
+        stand = build("acp", clock=anyio.current_time, task=task, faults={"start": HANG}, **more)
+        began = anyio.current_time()
+        await drive_unbounded(stand)
+        assert names(stand)[0] == "SandboxFailed"
+        assert anyio.current_time() - began == pytest.approx(seconds, rel=0.01)
 
     mocked(main)
 
