@@ -8,7 +8,8 @@
 Inspect has the model, the sandbox, the limits and the scorer. Model calls of every role, wherever it runs, go through
 our gateway to Inspect's own bridge, so usage, limits and model events are in its log; `rollout_agent` needs its
 asyncio backend for that. Each state is a span of the transcript, each tool call a tool event, and what was said are
-the messages of the sample. `store().get("rollout")` holds the outcome.
+the messages of the sample: turn by turn, so that whatever ends it, a limit or an operator, they are there to be
+scored. `store().get("rollout")` holds the outcome.
 
 A rollout that must not be graded (the provider failed, the sandbox died, an agent could not be proven dead) raises,
 and the sample has an error instead of a score.
@@ -26,7 +27,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,17 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolCallError
 from inspect_ai.util import LimitExceededError, SandboxEnvironment, sandbox, span, store
 
-from orchestrator.capture import RecordedSegment, fold_trajectory, read_trajectory
-from orchestrator.config import Scene
+from orchestrator.capture import RecordedSegment, fold_trajectory
+from orchestrator.config import RolloutConfig, Scene
 from orchestrator.embed import controlled, hosted, refusal, summary
 from orchestrator.export.recorded import tool_result
 from orchestrator.gateway.formats import FORMATS, Api
 from orchestrator.gateway.retold import as_stream
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.rollout import Rollout
-from states.errors import ConfigError, JournalError, MissingExtra, SandboxError, said
+from states.errors import ConfigError, MissingExtra, SandboxError, said
 from states.events import Captured
+from states.journal import Transition
 from states.ports import ExecResult
 
 JSON = dict[str, Any]
@@ -99,28 +101,26 @@ def rollout_agent(
             agent_bridge(AgentState(messages=list(state.messages))),
             _serving() as models,
         ):
-            rollout = Rollout(
-                hosted(
-                    prompt,
-                    sandbox=await InspectSandbox.of(sandbox(sandbox_name)),
-                    upstream=models.upstream,
-                    out=folder,
-                    **asked,
-                )
+            config = hosted(
+                prompt,
+                sandbox=await InspectSandbox.of(sandbox(sandbox_name)),
+                upstream=models.upstream,
+                out=folder,
+                **asked,
             )
+            rollout = SampleRollout(config, models, state)
             models.on_limit = rollout.cancel
             try:
                 async with controlled(rollout):
-                    await _play(rollout, models)
+                    await rollout.run()
             finally:
+                rollout.tell()  # what no seal was written for
                 result = rollout.result()
                 store().set("rollout", summary(result) if out else {**summary(result), "folder": None})
-            told = read_trajectory(folder / rollout.id)
         if models.limit is not None:
             raise models.limit
         if (error := refusal(result)) is not None:
             raise error from models.failure
-        state.messages.extend(message for segment in told for message in messages_of(segment, asked=prompt))
         return state
 
     return execute
@@ -136,62 +136,72 @@ async def _folder(out: Path | str | None) -> AsyncIterator[Path]:
         yield Path(folder)
 
 
-async def _play(rollout: Rollout, models: ModelEndpoint) -> None:
-    """Drive it to its close, a span for each state; model events and tool events go where they happened.
-
-    When Inspect cancels (a time limit, an operator), it is driven to its close before the cancellation goes on.
-    """
-    tail = Tail()
-    spans: dict[str, str] = {}
-    try:
-        while not rollout.closed:
-            spans[rollout.state] = uuid.uuid4().hex
-            async with span(rollout.state, type="rollout", id=spans[rollout.state]):
-                models.context = contextvars.copy_context()
-                moved = await rollout.step()
-                if isinstance(moved.event, Captured):
-                    for event in tail.tool_events(rollout, spans["executing"]):
-                        transcript()._event(event)  # noqa: SLF001 - there is no other way to add one
-    except anyio.get_cancelled_exc_class():
-        rollout.cancel("Inspect", "the sample was cancelled")
-        with anyio.CancelScope(shield=True):
-            await rollout.run()
-        raise
-    except JournalError:
-        await rollout.run()  # which leaves it as if killed
-
-
 # --- what was done, in Inspect's words ---------------------------------------------------------------------------
 
 
-@attrs.define(eq=False)
-class Tail:
-    """Reads on in a trajectory that grows, turn by turn."""
+class SampleRollout(Rollout):
+    """A rollout that tells a sample of Inspect's what it does: a span for each state, and each turn once it is sealed.
 
-    _at: int = 0
+    That is so on every way out: a limit or an operator of Inspect's cancels the task, and the way to the close is then
+    taken by the same steps.
+    """
 
-    def tool_events(self, rollout: Rollout, span_id: str) -> Iterator[ToolEvent]:
-        """The tool calls of the turn that has just been sealed."""
-        folder = rollout.result().folder
-        assert folder is not None, "hosted in Inspect, a rollout has a folder"
-        with (folder / "trajectory.jsonl").open("rb") as file:
-            file.seek(self._at)
-            lines = file.readlines()
-            self._at = file.tell()
-        for segment in fold_trajectory(line.rstrip() for line in lines if b'"late":true' not in line):
-            for data in (step.data for step in segment.steps if step.data.get("type") == "tool_call"):
-                call = _call(data)
-                error = _failed(data)
-                yield ToolEvent(
-                    id=call.id,
-                    function=call.function,
-                    arguments=call.arguments,
-                    result=tool_result(data),
-                    error=error,
-                    failed=error is not None,
-                    span_id=span_id,
-                    metadata={"role": segment.about.get("role"), "title": str(data.get("title", ""))},
-                )
+    def __init__(self, config: RolloutConfig, models: ModelEndpoint, sample: AgentState) -> None:
+        super().__init__(config)
+        self._models, self._sample = models, sample
+        self._spans: dict[str, str] = {}  # of the state that runs, and of the turn whose events are still to be told
+        self._told = 0  # how much of the trajectory the sample knows
+
+    async def step(self) -> Transition:
+        """One state in a span of its own. One that a cancellation broke off has had its span."""
+        state = self.state
+        begun = state in self._spans
+        self._spans.setdefault(state, uuid.uuid4().hex)
+        async with nullcontext() if begun else span(state, type="rollout", id=self._spans[state]):
+            self._models.context = contextvars.copy_context()
+            moved = await super().step()
+            if isinstance(moved.event, Captured):
+                self.tell()
+        if state != "executing":
+            self._spans.pop(state, None)
+        return moved
+
+    def tell(self) -> None:
+        """The messages and tool calls that were written since the last time, without what came late."""
+        turn = self._spans.pop("executing", None)
+        for segment in fold_trajectory(self._appended()):
+            for event in _tool_events(segment, turn):
+                transcript()._event(event)  # noqa: SLF001 - there is no other way to add one
+            self._sample.messages.extend(messages_of(segment, asked=self.config.prompt or ""))
+        self._sample.output = AgentState(messages=self._sample.messages).output  # which it reads off its last message
+
+    def _appended(self) -> list[bytes]:
+        assert self.folder is not None, "hosted in Inspect, a rollout has a folder"
+        file = self.folder / "trajectory.jsonl"
+        if not file.exists():
+            return []
+        with file.open("rb") as written:
+            written.seek(self._told)
+            lines = written.readlines()
+            self._told = written.tell()
+        return [line.rstrip() for line in lines if b'"late":true' not in line]
+
+
+def _tool_events(segment: RecordedSegment, span_id: str | None) -> Iterator[ToolEvent]:
+    """The tool calls of one turn, in the span in which they were made."""
+    for data in (step.data for step in segment.steps if step.data.get("type") == "tool_call"):
+        call = _call(data)
+        error = _failed(data)
+        yield ToolEvent(
+            id=call.id,
+            function=call.function,
+            arguments=call.arguments,
+            result=tool_result(data),
+            error=error,
+            failed=error is not None,
+            span_id=span_id,
+            metadata={"role": segment.about.get("role"), "title": str(data.get("title", ""))},
+        )
 
 
 def messages_of(segment: RecordedSegment, *, asked: str = "") -> Iterator[ChatMessage]:

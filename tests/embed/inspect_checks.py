@@ -15,11 +15,16 @@ from typing import Any
 
 from inspect_ai import eval as evaluate
 from inspect_ai.log import read_eval_log
+from inspect_ai.log._samples import sample_active
+from inspect_ai.model import Model, ModelOutput, ModelUsage, get_model
+from inspect_ai.util import LimitExceededError
 from inspect_local import demo
-from late import LATE_SEC
+from late import LATE_SEC, WORDS
 
+from orchestrator.agents.scripted import Backstage, ScriptedAgent
 from orchestrator.config import Role, Scene, Turn
 from orchestrator.embed.inspect import rollout_agent
+from orchestrator.registry import register_agent
 
 MODEL = "openai-api/scripted"
 LOGS = Path(sys.argv[1])
@@ -37,6 +42,36 @@ def cancel(out: Path, moved: Any) -> None:
         subprocess.Popen([sys.executable, "-m", "orchestrator", "cancel", str(folder)])
 
 
+def talker(env: dict[str, str]) -> ScriptedAgent:
+    """An agent that says something, and then is cut off by Inspect in the way that its environment names."""
+    script = [{"say": WORDS}, {"tool": "look", "kind": "read", "status": "completed"}, {"cue": env["HOW"]}]
+    script.append({"wait_cancel": 300})
+    return ScriptedAgent({"turns": [script]}, backstage=Backstage(cue=cut_off))
+
+
+async def cut_off(how: str) -> None:
+    """What an operator at Inspect's display does, and what its own monitor of working time does."""
+    active = sample_active()
+    assert active is not None
+    if how == "working":
+        active.limit_exceeded(LimitExceededError("working", value=1, limit=1))
+    else:
+        active.interrupt(how)
+
+
+def talking() -> Model:
+    """A model of Inspect's own that says something before each command; each call uses 70 tokens."""
+    outputs = [ModelOutput.for_tool_call("mockllm", "bash", {"command": "echo found"}) for _ in range(5)]
+    for output in outputs:
+        output.message.content = WORDS
+        output.usage = ModelUsage(input_tokens=60, output_tokens=10, total_tokens=70)
+    return get_model("mockllm/model", custom_outputs=outputs)
+
+
+register_agent("talker", protocol="session-factory", session_factory=f"{__name__}:talker", calls_model=False)
+CUT_OFF = ("working", "score", "error", "cancel")
+LIMITS = {"second-call": {"token_limit": 100}, "third-message": {"message_limit": 3}}
+
 TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "factory": ({"agent": "minimal"}, {}),
     "acp": ({"agent": "minimal-acp"}, {}),
@@ -45,6 +80,8 @@ TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tokens": ({"agent": "minimal"}, {"token_limit": 100}),
     "refused": ({"agent": "minimal"}, {}),
     "cancelled": ({"agent": "minimal", "out": LOGS / "runs", "hooks": (partial(cancel, LOGS / "runs"),)}, {}),
+    **{how: ({"agent": "talker", "env": {"HOW": how}}, {}) for how in CUT_OFF},
+    **{name: ({"agent": "minimal"}, limit) for name, limit in LIMITS.items()},
 }
 
 REAL = {"codex": ({"agent": "codex-acp"}, {}), "claude": ({"agent": "claude-agent-acp"}, {})}
@@ -54,7 +91,7 @@ for name in sys.argv[2:] or TRIALS:
     settings, limits = {**TRIALS, **REAL}[name]
     (log,) = evaluate(
         demo(name, rollout_agent(**settings), **limits),
-        model=f"{MODEL}/{name}",
+        model=talking() if name in LIMITS else f"{MODEL}/{name}",
         log_dir=str(LOGS / name),
         display="none",
         fail_on_error=False,

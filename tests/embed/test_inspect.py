@@ -9,6 +9,7 @@ import anyio
 import attrs
 import pytest
 from hosts import host_python, host_run, once
+from late import WORDS
 from requirements import missing
 from trials import HERE, KEY, TRIAL_SEC, counted, left_in, run_counted
 
@@ -173,6 +174,42 @@ def test_a_token_limit_of_inspect_ends_the_rollout(evaluated):
     assert (one.sample["limit"]["type"], one.sample["error"]) == ("token", None)
     assert one.rollout["state"] == "closed/cancelled"
     assert one.provider.calls == 1
+
+
+CUT_OFF = {
+    "late": "time",
+    "second-call": "token",
+    "third-message": "message",
+    "working": "working",
+    "score": "operator",
+    "error": None,
+    "cancel": None,
+    "cancelled": None,
+}
+"""Samples that were cut off after their agent had said something, and the limit that Inspect says it was."""
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_what_was_said_before_a_sample_was_cut_off_is_in_it_and_is_what_is_scored(name, evaluated):
+    """By each limit, by an operator of Inspect's and by one of ours: words, the tool call, and the output."""
+    sample = evaluated[name].sample
+    assert (sample["limit"] or {}).get("type") == CUT_OFF[name]
+    asked, said, answered, *_ = sample["messages"]
+    assert [asked["role"], said["role"], answered["role"]] == ["user", "assistant", "tool"]
+    assert said["content"][0]["text"] == WORDS
+    assert sample["output"]["choices"][0]["message"]["content"][0]["text"] == WORDS
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_a_sample_that_was_cut_off_has_a_span_for_each_state_and_its_tool_calls(name, evaluated):
+    """To the very close: capturing what was said is a state like any other, and nothing is told twice."""
+    one = evaluated[name]
+    assert list(one.spans.values()) == [
+        *("provisioning", "disconnected", "connecting", "session/factory", "executing", "cancelling"),
+        *("capturing/whole", "quiescing", "releasing"),
+    ]
+    (tool,) = one.events("tool")
+    assert one.spans[tool["span_id"]] == "executing"
 
 
 def test_what_must_not_be_graded_has_no_score_in_inspect_either(evaluated):

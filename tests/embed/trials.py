@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import attrs
 from hosts import host_run
+from late import WORDS
 
 from orchestrator.gateway.script import Always, Conversation, Fail
 from orchestrator.gateway.scripted import ScriptedUpstream, ShellScript
@@ -22,7 +23,11 @@ KEY = "provider-key-that-no-sandbox-sees"
 TRIAL_SEC = 400
 
 RIGHT, WRONG = ShellScript(DEMO_COMMAND), ShellScript(DEMO_WRONG_COMMAND)
-LATE = ShellScript(f"sleep 300; {DEMO_COMMAND}")
+
+
+def late(asked: Conversation) -> object:
+    """Says something, and then does nothing for longer than anybody waits."""
+    return attrs.evolve(ShellScript(f"sleep 300; {DEMO_COMMAND}")(asked), text=WORDS)
 
 
 def in_turns(asked: Conversation) -> object:
@@ -34,8 +39,8 @@ MODELS = {
     "coder": WRONG,
     "reviewer": RIGHT,
     "scene": in_turns,
-    "late": LATE,
-    "cancelled": LATE,
+    "late": late,
+    "cancelled": late,
     "refused": Always(Fail(401, "this key is of no use")),
 }
 """Scripts by the name of a model; any other is right. Each trial has a model of its own, so its count is known."""
