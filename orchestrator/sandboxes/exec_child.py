@@ -10,8 +10,11 @@ is dropped, what was not acknowledged is sent again, so a call that got lost los
 the other by more than `WINDOW`: that is the back-pressure which an exec lacks.
 
 The keeper adopts whatever its children leave behind (it is their *subreaper*), daemons too. So all that was started
-through a handle is below its keeper; `end`, in a process of its own, kills what is there until nothing is, and then the
-keeper. A keeper that somebody else ended proves nothing, and is said to.
+through a handle is below its keeper, and it is dead once the keeper, which then starts nothing more, has no child left.
+Only the kernel can say that of it, and only to itself: `waitpid` fails with ECHILD. A list of processes proves nothing,
+since one that forks and exits in a loop is never where the list says. So `end` tells the keeper to kill and to bury
+until that is so; the keeper says it is by taking another name, which nobody else can give it. A keeper that somebody
+else ended proves nothing, and is said to.
 """
 
 # Nothing of ours is there, and imports cost: most calls are over in the time that pathlib takes.
@@ -49,6 +52,10 @@ LONG_COMMAND = 100_000
 FALLBACK = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 KEEPER = b"rollout-keeper"
 """What a keeper is called: nobody but itself can change that."""
+QUIET = b"quiet "
+"""What it is called once it has no child left, and how many it has buried until then."""
+WALL = 0x4000_0000
+"""`__WALL`: children of every kind."""
 LOST_SEC = 300.0
 """A channel after which nobody has asked for so long is ended: its host is dead."""
 END_SEC = 20.0
@@ -180,39 +187,33 @@ def launch(folder: str) -> None:
 
 
 def end(asked: dict[str, Any]) -> dict[str, Any]:
-    """Kill all that is below the keeper until nothing is, then the keeper: the evidence, as sentences."""
+    """Have the keeper end all that is below it, then kill the keeper: the evidence, as sentences."""
     name, folder = asked["name"], asked["folder"]
     pid, started = asked["keeper"] or keeper_of(folder) or (0, "")
     if not pid:
         return {"evidence": [f"handle {name} has no keeper: nothing was started through it"]}
-    if not is_alive(pid, started):
-        raise Failed(
-            f"the keeper of handle {name} (pid {pid}) was ended by somebody else: what it kept is lost", "unquiet"
-        )
-    killed: set[int] = set()
     until = time.monotonic() + END_SEC
-    while left := below(pid):
-        for one in left:
-            killed.add(one)
-            try:
-                os.kill(one, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+    keeper = f"the keeper of handle {name} (pid {pid})"
+    while True:
+        called = name_of(pid)  # before we know that it lives: whoever has its pid afterwards is somebody else
+        if not is_alive(pid, started):
+            raise Failed(f"{keeper} was ended by somebody else: what it kept is lost", "unquiet")
+        if called.startswith(QUIET):
+            break
         if time.monotonic() > until:
-            raise Failed(f"processes {sorted(left)} of handle {name} are still there after SIGKILL", "unquiet")
+            some = f"{sorted(below(pid))[:9]} among them"
+            raise Failed(f"handle {name} has processes after {END_SEC:g} s of SIGKILL, {some}", "unquiet")
+        os.kill(pid, signal.SIGTERM)  # again each time: one that comes just before it waits does not wake it
         time.sleep(0.005)
-    if not is_alive(pid, started):
-        raise Failed(f"the keeper of handle {name} (pid {pid}) was ended by somebody else meanwhile", "unquiet")
-    count = len(processes())
     os.kill(pid, signal.SIGKILL)
     while is_alive(pid, started):
         if time.monotonic() > until:
-            raise Failed(f"the keeper of handle {name} (pid {pid}) is still there after SIGKILL", "unquiet")
+            raise Failed(f"{keeper} is still there after SIGKILL", "unquiet")
         time.sleep(0.002)
     return {
         "evidence": [
-            f"{len(killed)} processes of handle {name} were killed",
-            f"none of {count} processes in this sandbox is below its keeper (pid {pid}), which adopts what they leave",
+            f"{int(called[len(QUIET) :])} processes of handle {name} were killed",
+            f"{keeper}, which adopts what they leave and starts nothing more, had no child left",
         ]
     }
 
@@ -406,6 +407,7 @@ def keep(folder: str, tell: int) -> None:
     assert mine is not None
     with open(f"{folder}/keeper", "w", encoding="ascii") as file:
         json.dump([os.getpid(), mine[2]], file)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it is heard
     os.write(tell, b"k")
     inherited = {listener.fileno(), 0, 1, 2}
     for fd in {int(name) for name in os.listdir("/proc/self/fd")} - inherited:
@@ -494,9 +496,24 @@ class Keeper:
         self.runs: dict[str, Process] = {}
         self.channels: dict[str, Channel] = {}
         self.environments: dict[str, dict[str, str]] = {}
+        self.ending = False
 
     def run(self) -> None:
-        self.aside(self.bury)
+        """Bury until we are told to end."""
+        try:
+            signal.signal(signal.SIGTERM, told)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # first: threads and children inherit it
+            self.aside(self.listen)
+            while True:
+                try:
+                    self.bury(*os.waitpid(-1, 0))
+                except ChildProcessError:
+                    self.born.wait(1.0)
+                    self.born.clear()
+        except Ending:
+            self.end()
+
+    def listen(self) -> None:
         while True:
             conn, _ = self.listener.accept()
             self.aside(self.serve, conn)
@@ -504,19 +521,32 @@ class Keeper:
     def aside(self, work: Callable[..., Any], *args: Any) -> None:
         self.threading.Thread(target=work, args=args, daemon=True).start()
 
-    def bury(self) -> None:
-        """Everything that died: our own are told, those that were adopted only buried."""
+    def bury(self, pid: int, status: int) -> None:
+        """One that died: our own are told, those that were adopted only buried."""
+        with self.lock:
+            process = self.processes.pop(pid, None)
+        if process is not None:
+            process.died(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+    def end(self) -> None:
+        """Kill and bury until no child is left, which says that nothing is, and say so; then wait to be killed."""
+        with self.lock:  # what is being started is a child now, and nothing else will be
+            self.ending = True
+        buried = 0
+        try:
+            while True:
+                kill_children()
+                for _ in range(1000):  # and then to those that were born meanwhile
+                    pid, status = os.waitpid(-1, os.WNOHANG | WALL)
+                    if not pid:
+                        time.sleep(0.001)
+                        break
+                    self.bury(pid, status)
+                    buried += 1
+        except ChildProcessError:
+            prctl(15, b"%s%d" % (QUIET, buried))
         while True:
-            try:
-                pid, status = os.waitpid(-1, 0)
-            except ChildProcessError:
-                self.born.wait(1.0)
-                self.born.clear()
-                continue
-            with self.lock:
-                process = self.processes.pop(pid, None)
-            if process is not None:
-                process.died(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+            signal.pause()
 
     def serve(self, conn: socket.socket) -> None:
         """One request. What an agent asks is not heard: another handle's keeper would start it out of its own sight."""
@@ -585,6 +615,8 @@ class Keeper:
             argv = ["/bin/sh", f"/proc/self/fd/{script.fileno()}"]
         become = self.user(asked["user"])
         with self.lock:
+            if self.ending:
+                raise Failed("its keeper is ending", "ended")
             popen = subprocess.Popen(
                 argv,
                 stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
@@ -656,6 +688,42 @@ class Keeper:
         del self.runs[asked["id"]]
         process.close()
         return {"code": process.code, "outlasted": outlasted, "stdout": out.report(), "stderr": err.report()}
+
+
+class Ending(Exception):
+    """We were told to end."""
+
+
+def told(*_: object) -> None:
+    """Leave the main thread's loop, wherever it is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Ending
+
+
+def kill_children() -> None:
+    """Kill our children, and the group of each, which dies at one stroke. Those below them are our children next.
+
+    None of their pids can be somebody else's by now, since it is we who bury them.
+    """
+    for pid in children():
+        try:
+            os.kill(pid, signal.SIGKILL)  # first, since one that forks and exits in a loop is soon elsewhere
+            group = os.getpgid(pid)
+            if group != os.getpgrp():
+                os.killpg(group, signal.SIGKILL)
+        except PermissionError:
+            pass  # it runs as somebody else now, and whoever waits for us will say that it lives
+
+
+def children() -> Iterator[int]:
+    """Our children, the dead ones too: each as soon as it is known."""
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", "rb") as file:
+                yield from map(int, file.read().split())
+    except OSError:  # this kernel has no such file, or that thread is over
+        me = os.getpid()
+        yield from (pid for pid, (_, parent, _) in processes().items() if parent == me)
 
 
 def taken(fd: int, kept: Kept, *, again: bool = True) -> bool:

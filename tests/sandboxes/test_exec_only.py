@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -288,6 +289,62 @@ async def test_a_daemon_without_an_environment_is_ended_too(box):
         evidence = await agent.end()
         assert (await other.exec("flock -n /app/lock true")).return_code == 0
         assert "killed" in evidence[0]
+
+
+HOPPER = """
+import fcntl, os
+lock = open("/app/lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+open("/app/hopping", "w").write("yes")
+while True:
+    os.fork() and os._exit(0)
+    os.setsid()
+"""
+
+
+async def test_a_process_that_forks_and_exits_in_a_loop_is_ended_too(box):
+    """In a crowd it is never where a list of processes says that it is: the kernel is asked whether a child is left."""
+    async with opened(box, "agent", "other") as (agent, other):
+        await other.exec("for i in $(seq 300); do sleep 100000 & done >/dev/null 2>&1")
+        await agent.write_file("/app/hopper.py", HOPPER.encode())
+        await agent.exec("(setsid python3 hopper.py </dev/null >/dev/null 2>&1 &); until [ -s hopping ]; do :; done")
+        assert (await other.exec("flock -n /app/lock true")).return_code == 1
+        evidence = await agent.end()
+        assert (await other.exec("flock -n /app/lock true")).return_code == 0
+        assert "had no child left" in evidence[1]
+
+
+def test_a_keeper_that_does_not_say_that_it_is_quiet_is_not_taken_for_it(tmp_path, monkeypatch):
+    """It is given a while, such as for a process that is not to be killed; then the handle is not proven quiet."""
+    monkeypatch.setattr(exec_child, "END_SEC", 0.2)
+    with subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 100000"], stdout=subprocess.PIPE) as deaf:
+        assert deaf.stdout.read(1) == b"\n"
+        keeper = [deaf.pid, exec_child.stat_of(deaf.pid)[2]]
+        with pytest.raises(exec_child.Failed, match="has processes after") as caught:
+            exec_child.end({"name": "one", "folder": str(tmp_path), "keeper": keeper})
+        deaf.kill()
+    assert caught.value.kind == "unquiet"
+
+
+def test_a_keeper_that_ends_starts_nothing_more():
+    """Else whoever asks between the proof and its death would start what nobody ends."""
+    keeper = exec_child.Keeper("/nowhere", None)
+    keeper.answer({"do": "environment", "environment": "e", "env": {}}, None)
+    keeper.ending = True
+    asked = {"id": "c", "argv": ["true"], "environment": "e", "cwd": "/", "user": None, "cap": 10, "timeout": None}
+    for do in ("run", "spawn"):
+        with pytest.raises(exec_child.Failed, match="is ending") as caught:
+            keeper.answer({"do": do, **asked}, None)
+        assert caught.value.kind == "ended"
+
+
+def test_children_are_found_by_any_kernel(monkeypatch):
+    """Where it lists none for a thread, among all processes."""
+    with subprocess.Popen(["sleep", "100000"]) as child:
+        listed = set(exec_child.children())
+        monkeypatch.setattr(exec_child.os, "listdir", lambda path, real=os.listdir: real(path.replace("/task", "/no")))
+        assert child.pid in listed & set(exec_child.children())
+        child.kill()
 
 
 async def test_a_sandbox_without_python_says_what_it_lacks():
