@@ -390,16 +390,43 @@ class ExecOnlySandbox:
         """Whoever brought it takes it down; what we had started in it ends with it, channels within minutes."""
 
     async def stop(self) -> None:
-        """See `Sandbox.stop`. Raises `QuietError` when a handle cannot be ended."""
+        """See `Sandbox.stop`. Raises what went wrong, such as a `QuietError`, once all of it has been tried.
+
+        Nobody interrupts it: each part is bounded, and a deadline that passes meanwhile would leave the sandbox up.
+        """
         async with self._lock:
             if self._touched and self._phase != "stopped":
-                for handle in list(self._handles.values()):
-                    await handle.end()
-                with contextlib.suppress(SandboxError):
-                    await self._ask({"do": "bye", "root": self._root}, "stopping")
-                if stop := getattr(self.within, "stop", None):
-                    await _translated(f"sandbox {self.name} does not stop", stop)
+                with anyio.CancelScope(shield=True):
+                    errors = await self._end_all()
+                if errors[1:]:  # and only one of them can be the sandbox's own
+                    raise QuietError("; ".join(map(str, errors))) from errors[0]
+                if errors:
+                    raise errors[0]
             self._phase = "stopped"
+
+    async def _end_all(self) -> list[Exception]:
+        """End the handles, then the sandbox, where whoever brought it lets us: that ends what did not end before."""
+        errors: list[Exception] = []
+
+        async def tried(step: Callable[[], Any]) -> None:
+            try:
+                await step()
+            except (SandboxError, QuietError) as error:
+                errors.append(error)
+
+        async with anyio.create_task_group() as ends:
+            for handle in self._handles.values():
+                ends.start_soon(tried, handle.end)
+        if not errors:
+            with anyio.move_on_after(GRACE_SEC), contextlib.suppress(SandboxError):
+                await self._ask({"do": "bye", "root": self._root}, "stopping")
+        await tried(functools.partial(_translated, f"sandbox {self.name} does not stop", self._take_down))
+        return errors
+
+    async def _take_down(self) -> None:
+        if stop := getattr(self.within, "stop", None):
+            with anyio.fail_after(CALL_SEC):
+                await stop()
 
     def handle(self, name: str, *, trusted: bool = False) -> ExecHandle:
         """See `Sandbox.handle`. The same name gives the same handle until it ends."""

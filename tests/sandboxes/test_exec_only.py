@@ -145,9 +145,8 @@ async def opened(box, *names):
             await handle.open()
         yield handles
     finally:
-        with contextlib.suppress(QuietError):
-            await sandbox.stop()
-        await box.stop()
+        await sandbox.stop()
+    assert not box.inner.root.exists(), "it was not taken down"
 
 
 async def test_handles_have_a_home_and_a_folder_for_what_is_temporary_each(box):
@@ -257,13 +256,67 @@ async def test_what_cannot_be_started_is_an_error_and_not_the_end_of_the_handle(
 KEEPERS = 'for p in /proc/[0-9]*; do if [ "$(cat $p/comm)" = rollout-keeper ]; then echo ${p#/proc/}; fi; done'
 
 
+async def end_the_keeper_of(handle):
+    """By what runs in it, beside something that lives on."""
+    with contextlib.suppress(SandboxError):
+        await handle.exec(f"setsid sleep 100000 & {KEEPERS} | xargs kill -9")
+
+
 async def test_who_ends_their_own_keeper_proves_nothing_and_is_not_graded(box):
-    """Then nobody can tell what was theirs: the handle cannot be proven quiet."""
-    async with opened(box, "one") as (one,):
-        with contextlib.suppress(SandboxError):
-            await one.exec(f"setsid sleep 100000 & {KEEPERS} | xargs kill -9")
+    """Then nobody can tell what was theirs: the handle cannot be proven quiet, and stopping the sandbox says so."""
+    sandbox = ExecOnlySandbox(box)
+    await sandbox.start()
+    one = sandbox.handle("one")
+    await one.open()
+    await end_the_keeper_of(one)
+    for end in (one.end, sandbox.stop):
         with pytest.raises(QuietError, match="was ended by somebody else"):
-            await one.end()
+            await end()
+
+
+@attrs.define(eq=False, slots=False)
+class Unstoppable(Box):
+    """One that fails once it is down."""
+
+    async def stop(self):
+        await super().stop()
+        raise RuntimeError("the meter is still running")
+
+
+async def test_a_sandbox_is_taken_down_also_when_a_handle_of_it_cannot_be_proven_quiet(box):
+    """That ends whoever lives in it; all that went wrong is said, and the other handles have ended as well."""
+    sandbox = ExecOnlySandbox(Unstoppable(box.inner))
+    await sandbox.start()
+    one, two = sandbox.handle("one"), sandbox.handle("two")
+    await one.open()
+    await end_the_keeper_of(one)
+    await two.open()
+    with pytest.raises(QuietError, match=r"ended by somebody else.*; .*does not stop: .*the meter is still running"):
+        await sandbox.stop()
+    assert not box.inner.root.exists()
+    assert "had no child left" in (await two.end())[1]
+
+
+@attrs.define(eq=False, slots=False)
+class Late(Box):
+    """One for which time is up once a handle is to end."""
+
+    deadline: anyio.CancelScope = attrs.field(factory=anyio.CancelScope)
+
+    async def exec(self, command, *, timeout_sec=None):
+        if '"do": "end"' in command:
+            self.deadline.cancel()
+        return await super().exec(command, timeout_sec=timeout_sec)
+
+
+async def test_a_deadline_that_passes_while_a_handle_ends_does_not_leave_the_sandbox_up(box):
+    """It would run on where nobody knows of it any more."""
+    late = Late(box.inner)
+    with late.deadline:
+        async with opened(late, "one"):
+            pass
+    assert late.deadline.cancel_called
+    assert not box.inner.root.exists()
 
 
 async def test_an_agent_is_not_heard_by_the_keeper_of_another_handle(box):
