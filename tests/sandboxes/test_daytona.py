@@ -707,13 +707,19 @@ async def test_an_agent_that_is_root_is_a_containers_root(up):
     assert await output(ours, "cat /tests/secret") == "secret"
 
 
-async def test_what_an_agent_started_outside_of_its_handle_is_ended_and_the_tasks_services_are_not(loopback, up):
+@pytest.mark.parametrize("hidden", ["setsid", "unshare --pid --fork", "unshare --pid --fork --mount-proc"])
+async def test_what_an_agent_started_outside_of_its_handle_is_ended_and_the_tasks_services_are_not(
+    loopback, up, hidden
+):
     """It may have asked the service's own daemon, which does anything for anybody in the sandbox's network."""
     loopback.server.services.append("exec 9>/app/service; flock 9; while :; do sleep 1000; done")
-    _, handle = await up(network="bridge")
+    sandbox, handle = await up(network="bridge")
+    other = sandbox.handle("other")
+    await other.open()
+    process = await other.spawn(["cat"])
     (box,) = loopback.server.boxes.values()
     await loopback.server._run(
-        box, "(setsid sh -c 'exec 9>/app/stranger; flock 9; exec sleep 1000' >/dev/null 2>&1 &)", "/"
+        box, f"({hidden} sh -c 'exec 9>/app/stranger; flock 9; exec sleep 1000' >/dev/null 2>&1 &)", "/"
     )
     await output(handle, "while flock -n stranger true; do sleep 0.01; done")
     assert (await handle.exec("flock -n service true")).return_code != 0
@@ -723,6 +729,95 @@ async def test_what_an_agent_started_outside_of_its_handle_is_ended_and_the_task
     assert code == 0
     code, _ = await loopback.server._run(box, "flock -n /app/service true", "/")
     assert code != 0
+    assert await echoed(process, b"still here\n") == b"still here\n"
+
+
+async def started_outside(loopback, handle, code):
+    """Have the service's daemon start a program in Python, as an agent may; it holds `/app/stranger` while it lives."""
+    (box,) = loopback.server.boxes.values()
+    await output(handle, f"cat > stranger.py <<'END'\n{code}\nEND")
+    started = "(setsid sh -c 'exec 9>stranger; flock 9; exec python3 stranger.py' >/dev/null 2>&1 &)"
+    assert (await loopback.server._run(box, started, "/app"))[0] == 0
+    await output(handle, "while [ ! -e begun ]; do sleep 0.01; done")
+    return box
+
+
+HOPS = """
+import os, time
+open("begun", "w").close()
+while True:
+    if os.fork():
+        os._exit(0)
+"""
+"""Always another process, which the one before has just started."""
+
+HOPS_WHEN_TOLD = """
+import os
+told, done = os.open("told", os.O_RDWR), os.open("done", os.O_RDWR)
+open("begun", "w").close()
+while os.read(told, 1):
+    mine = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == mine:
+        pass
+    os.write(done, b".")
+"""
+
+BETWEEN = """
+def hopping():
+    found = list(listed())
+    os.write(told, b".")
+    assert select.select([done], [], [], 10)[0]
+    os.read(done, 1)
+    return iter(found)
+
+import os, select
+from orchestrator.sandboxes.inside import keeper, system
+listed, system.pids, keeper.END_SEC = system.pids, hopping, 0.2
+told, done = os.open("/app/told", os.O_RDWR), os.open("/app/done", os.O_RDWR)
+"""
+"""Between the listing of the processes and the reading of each, it hops."""
+
+
+async def test_what_is_another_process_whenever_it_is_looked_at_is_not_said_to_be_gone(loopback, up, monkeypatch):
+    """Each listing shows one that is dead when it is read, and not its child; once it is slower it is ended."""
+    _, handle = await up(network="bridge")
+    await output(handle, "mkfifo told done")
+    box = await started_outside(loopback, handle, HOPS_WHEN_TOLD)
+    launch, begins = service_module.Box.launch, "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            service_module.Box, "launch", lambda *asked: launch(*asked).replace(begins, f"{begins}\n{BETWEEN}\n", 1)
+        )
+        with pytest.raises(QuietError, match=r"processes are started there all the time"):
+            await handle.end()
+    assert (await loopback.server._run(box, "flock -n stranger true", "/app"))[0] != 0
+    evidence = await handle.end()
+    assert "outside of its handle" in evidence[-1]
+    assert (await loopback.server._run(box, "flock -n stranger true", "/app"))[0] == 0
+
+
+async def test_what_starts_itself_anew_all_the_time_is_ended(loopback, up):
+    """Its group is killed, in which none but its like are: no process of that can be started meanwhile."""
+    _, handle = await up(network="bridge")
+    box = await started_outside(loopback, handle, HOPS)
+    evidence = await handle.end()
+    assert "outside of its handle: python3[" in evidence[-1]
+    assert (await loopback.server._run(box, "flock -n stranger true", "/app"))[0] == 0
+
+
+async def test_a_process_whose_first_thread_has_ended_is_there(loopback, up):
+    """It is shown as a zombie while its other threads work on."""
+    _, handle = await up(network="bridge")
+    ends = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+    code = "import ctypes, threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n"
+    code += f"open('begun', 'w').close()\nctypes.CDLL(None).syscall({ends}, 0)"
+    box = await started_outside(loopback, handle, code)
+    await loopback.server._run(box, "while ! grep -q 'State:.Z' /proc/[0-9]*/status; do sleep 0.01; done", "/")
+    evidence = await handle.end()
+    assert "outside of its handle: python3[" in evidence[-1]
+    assert (await loopback.server._run(box, "flock -n stranger true", "/app"))[0] == 0
 
 
 SERVE = "import http.server as h; h.HTTPServer(('127.0.0.1', 8123), h.BaseHTTPRequestHandler).serve_forever()"

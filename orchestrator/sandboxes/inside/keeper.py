@@ -470,8 +470,7 @@ def put_down_strangers(settings: Dict[str, Any]) -> List[str]:
     Where handles share the sandbox's network an agent reaches the service that runs our calls, and could have had it
     start something. What the task's own services started is theirs.
     """
-    here = system.namespace_of(os.getpid())
-    killed = put_down(lambda: {pid for pid in strangers(settings) if system.namespace_of(pid) == here})
+    killed = put_down(lambda: strangers(settings, spare_handles=True))
     return ["ended what an agent had started outside of its handle: %s" % killed] if killed else []
 
 
@@ -498,37 +497,56 @@ def emptied(_asked: Dict[str, Any]) -> Answer:
 
 
 def put_down(find: Callable[[], Set[int]]) -> str:
-    """Kill what `find` finds until there is nothing, and name it. Raises `Failed` when something outlives that."""
+    """Kill what `find` finds until nothing is left, and name it. Raises `Failed` when that cannot be had or proven.
+
+    A process that starts its like and ends, over and over, is dead when it is read, and its child not listed yet. So
+    only a listing in which nothing was found, and while which nothing was started, says that nothing is left.
+    """
     killed: Dict[int, str] = {}
     until = time.monotonic() + END_SEC
     while True:
+        begun = system.next_number()
         found = find()
-        if not found:
+        if not found and system.next_number() == begun + 1:
             break
-        for pid in found:
-            killed.setdefault(pid, system.name_of(pid))
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        killed.update({pid: system.name_of(pid) for pid in found if pid not in killed})
+        kill(found)
         if time.monotonic() > until:
-            raise Failed(
-                "processes %s are still there after SIGKILL" % ", ".join(map(system.name_of, found)), "unquiet"
-            )
+            outlived = "processes %s are still there after SIGKILL" % ", ".join(map(system.name_of, found))
+            unproven = "processes are started there all the time: that none of them is an agent's cannot be proven"
+            raise Failed(outlived if found else unproven, "unquiet")
         time.sleep(0.01)
     names = [*killed.values()]
     return ", ".join(names[:NAMED]) + (" and %d more" % (len(names) - NAMED) if len(names) > NAMED else "")
 
 
-def strangers(settings: Dict[str, Any]) -> Set[int]:
-    """What is neither the image's nor the service's, nor a call of ours: handles are, with all that is in them."""
+def kill(found: Set[int]) -> None:
+    """End these, and each group that holds no other process: nobody in that can start one while it is killed."""
+    theirs = {system.group_of(pid) for pid in found}
+    theirs -= {system.group_of(pid) for pid in system.pids() if pid not in found}
+    for pid in [*found, *(-group for group in theirs if group > 1)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def strangers(settings: Dict[str, Any], *, spare_handles: bool = False) -> Set[int]:
+    """What is neither the image's nor the service's, nor a call of ours, nor below a handle's PID 1 if that is spared.
+
+    It is below that whose ancestor it is, orphaned or not: also what is in a PID namespace of its own.
+    """
     seen = system.living()
     baseline = {pid for pid, begun in settings["baseline"] if pid in seen and seen[pid][1] == begun}
     service = set(settings["service"]) & baseline
     roots = {pid: top_of(pid, seen, service) for pid in seen}
     ours = {roots[pid] for pid in seen if is_keeper(pid)}
     ours |= {roots[pid] for pid in seen if system.ancestors(pid, seen) & (baseline - service)}
-    return {pid for pid in seen if pid not in baseline and pid not in service and roots[pid] not in ours}
+    found = {pid for pid in seen if pid not in baseline and pid not in service and roots[pid] not in ours}
+    if not spare_handles:
+        return found
+    spared = {handle[0] for handle in map(pid_one, os.listdir(HANDLES)) if handle is not None}
+    return {pid for pid in found if not system.ancestors(pid, seen) & spared}
 
 
 def top_of(pid: int, seen: Dict[int, Tuple[int, str]], service: Set[int]) -> int:
