@@ -70,8 +70,6 @@ T = TypeVar("T")
 TURN_SEC = 900.0
 _TIME = ("rollout", "wall_sec")
 """The one budget that is not spent in turns alone: `time_left` keeps it."""
-TEARDOWN_SEC = sum(seconds for state, seconds in DEADLINES.items() if state not in (*BOUNDED_BY_ROLLOUT, "paused"))
-"""What a rollout may take beyond its own limit: its sandbox must live as long."""
 MARGIN_SEC = 60.0
 """What a state gets beyond the limit of the task on a verifier or a build, for what is around these."""
 
@@ -226,18 +224,29 @@ class LiveWorld:
 
     def deadline(self, state: str, stage: Stage, facts: Facts) -> Deadline:
         """How long `state` may take from now, and whose limit that is."""
-        own = self.config.deadlines.get(state, DEADLINES[state])
-        if self.task is not None and state not in self.config.deadlines:
-            if state in ("verifying", "checking"):
-                own = self.task.verification.timeout_sec + MARGIN_SEC
-            elif state == "provisioning":
-                own = max(own, self.task.limits.build_timeout_sec + MARGIN_SEC)
-        limits = [Deadline(own)]
+        limits = [Deadline(self._usual(state))]
         if isinstance(stage, OpenTurn) and state == "executing":
             limits = list(self._wall_clock(stage, facts))
         if state in BOUNDED_BY_ROLLOUT:
             limits.append(Deadline(self.time_left(), "rollout"))
         return min(limits, key=lambda limit: limit.seconds)
+
+    def _usual(self, state: str) -> float:
+        """Seconds that `state` may take by itself: by the config, else by the task, else by the table."""
+        own = self.config.deadlines.get(state, DEADLINES[state])
+        if self.task is None or state in self.config.deadlines:
+            return own
+        if state in ("verifying", "checking"):
+            return float(self.task.verification.timeout_sec + MARGIN_SEC)
+        return max(own, self.task.limits.build_timeout_sec + MARGIN_SEC) if state == "provisioning" else own
+
+    def _lifetime(self) -> float:
+        """Seconds that its sandbox must live: the rollout's limit, and that of each state which it does not bound.
+
+        When its time is up it comes by each of those once at most. Its clock stands still in a pause: one is counted.
+        """
+        beyond = sum(self._usual(state) for state in DEADLINES if state not in BOUNDED_BY_ROLLOUT)
+        return (self.limits.rollout.wall_sec or DAY) + beyond
 
     def _wall_clock(self, turn: OpenTurn, facts: Facts) -> Iterator[Deadline]:
         """How long a turn may take: what is its own, and what is left of its role and its scene."""
@@ -333,7 +342,7 @@ class LiveWorld:
             gateway_port=gateway.port if gateway is not None else None,
             gateway_socket=gateway.socket_path if gateway is not None else None,
             labels=labels_of(self.id, self.folder),
-            ttl_sec=(self.limits.rollout.wall_sec or DAY) + TEARDOWN_SEC,
+            ttl_sec=self._lifetime(),
             note=self.journal.note,
             lost=functools.partial(_tell, self.on_loss),
             binds=tuple(dict.fromkeys(bind for place in self._places.values() for bind in place.binds)),

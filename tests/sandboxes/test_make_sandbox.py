@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from orchestrator import Rollout, RolloutConfig
 from orchestrator.sandboxes import SandboxSpec, check_sandbox, make_sandbox, reaper, sweep
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.sandboxes.local import GatewayReach, Limits, LocalSandbox
+from orchestrator.tasks import demo_task
+from states.deadlines import BOUNDED_BY_ROLLOUT, DAY, DEADLINES
 from states.errors import ConfigError, SandboxError
 
 
@@ -87,6 +91,33 @@ def test_a_kind_that_nobody_can_reap_is_said():
     """A lease that no code here can give back is an error of the sandbox, and stays open."""
     with pytest.raises(SandboxError, match="nobody knows how to reap a sandbox of the kind 'theirs'"):
         reaper("theirs")
+
+
+@pytest.mark.parametrize("given", [{}, {"verifying": 5000.0, "paused": 60.0, "executing": 10.0}], ids=str)
+def test_a_sandbox_may_live_for_as_long_as_its_rollout_may_take(tmp_path, given):
+    """Its own limit, then each state that this does not bound: the task's verifier, and a pause, among them."""
+    task = tmp_path / "task"
+    shutil.copytree(demo_task(), task)
+    text = (task / "task.toml").read_text()
+    (task / "task.toml").write_text(text.replace("[verifier]\ntimeout_sec = 30.0", "[verifier]\ntimeout_sec = 7200.0"))
+    specs = []
+
+    def kept(spec):
+        specs.append(spec)
+        return FakeSandbox(name=spec.name)
+
+    config = RolloutConfig(task=task, agent="oracle", sandbox=kept, timeout=600.0, deadlines=given, out=None)
+    rollout = Rollout(config)
+    world = rollout._world
+    assert world.sandbox.name == specs[0].name
+    beyond = {
+        state: world.deadline(state, None, rollout.facts).seconds
+        for state in DEADLINES
+        if state not in BOUNDED_BY_ROLLOUT
+    }
+    assert beyond["verifying"] == given.get("verifying", 7260.0)
+    assert beyond["paused"] == given.get("paused", DAY)
+    assert specs[0].ttl_sec == 600.0 + sum(beyond.values())
 
 
 @pytest.mark.anyio
