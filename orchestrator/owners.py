@@ -74,7 +74,7 @@ def left_behind(labels: Mapping[str, str]) -> Iterator[bool]:
     if maker["host"] != socket.gethostname() or not maker["pid"].isdigit() or is_alive(maker):
         yield False
         return
-    folder = Path(labels.get("folder", os.devnull))
+    folder = Path(labels.get("folder") or os.devnull)
     if not (folder / "journal.jsonl").is_file():
         yield True
         return

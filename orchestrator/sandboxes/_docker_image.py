@@ -2,6 +2,7 @@
 
 A build has a tag that says what it was built from, `rollout-orchestrator/<folder>:<hash of Dockerfile and context>`, so
 that the next rollout, here or in another process, finds it. Tags are never removed by us: a rollout may be using them.
+So has the image with the task's folder made the agents' (`given_tag`), which the sandbox makes of any of them.
 An image map lets a local image stand for one that cannot be had; what was mapped, and that something was built, goes
 to `note`.
 """
@@ -16,7 +17,7 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -93,7 +94,7 @@ async def find_image(
         raise ConfigError("a docker sandbox needs an image: the task brings no Dockerfile and names none; give --image")
     recipe = await anyio.to_thread.run_sync(read_build, build, image_map, notes.append)
     _tell(notes, note)
-    return await _inspected(engine, recipe.tag) or await _built(engine, recipe, note)
+    return await inspected(engine, recipe.tag) or await _built(engine, recipe, note)
 
 
 def _tell(notes: list[str], note: Note) -> None:
@@ -102,7 +103,8 @@ def _tell(notes: list[str], note: Note) -> None:
         note(text)
 
 
-async def _inspected(engine: Engine, name: str) -> Image | None:
+async def inspected(engine: Engine, name: str) -> Image | None:
+    """The image of that name, None where it is not there."""
     try:
         with engine.says(f"image {name}") as docker:
             return Image.of(await docker.images.inspect(name))
@@ -113,7 +115,7 @@ async def _inspected(engine: Engine, name: str) -> Image | None:
 
 
 async def _pulled(engine: Engine, name: str) -> Image:
-    if found := await _inspected(engine, name):
+    if found := await inspected(engine, name):
         return found
     advice = f"load or build it, or give one that is here: --image-map {name}=LOCAL"
     try:
@@ -122,10 +124,26 @@ async def _pulled(engine: Engine, name: str) -> Image:
             await docker.images.pull(f"{registry_of(name)}/{_path_of(name)}" if login else name, auth=login)
     except EngineError as exc:
         raise EngineError(f"{exc}; {advice}", status=exc.status) from exc
-    found = await _inspected(engine, name)
+    found = await inspected(engine, name)
     if found is None:
         raise SandboxError(f"image {name} was pulled and is not there; {advice}")
     return found
+
+
+# --- images whose folders are the agents' ---
+
+
+def given_tag(image: Image, user: str, folders: Sequence[str]) -> str:
+    """The name of the image that is `image` with `folders` made the user's, which no container has to do then."""
+    said = json.dumps([image.id, user, list(folders)])
+    return f"{REPOSITORY}/given:{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def given_lock(tag: str) -> Path:
+    """The lock of whoever makes it."""
+    folder = cache_root() / "builds"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"given-{tag.rpartition(':')[2]}.lock"
 
 
 # --- registries ---
@@ -282,7 +300,7 @@ async def _built(engine: Engine, build: Build, note: Note) -> Image:
     build.log.parent.mkdir(parents=True, exist_ok=True)
     waits = f"waiting: the image {build.tag} is being built by another rollout; log: {build.log}"
     async with locked(build.log.with_suffix(".lock"), lambda: note(waits)):
-        if found := await _inspected(engine, build.tag):
+        if found := await inspected(engine, build.tag):
             return found
         _refuse_what_cannot_be_built(build, engine.api)
         began = time.monotonic()
@@ -290,7 +308,7 @@ async def _built(engine: Engine, build: Build, note: Note) -> Image:
             await _pulled(engine, base)
         note(f"building the image {build.tag}; log: {build.log}")
         await _run(engine, build)
-        found = await _inspected(engine, build.tag)
+        found = await inspected(engine, build.tag)
         if found is None:
             raise SandboxError(f"the image of {build.folder} was not built: its engine stopped early; log: {build.log}")
         note(f"built the image {build.tag} in {time.monotonic() - began:.1f} s")

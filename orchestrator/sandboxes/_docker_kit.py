@@ -40,10 +40,18 @@ _PYTHON: Final = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 @attrs.frozen
 class Kit:
-    """What a container gets: (folder of this host, its place there), all read-only, and what its PID 1 is."""
+    """What a container gets: (folder of this host, its place there), all read-only, and what can be its PID 1."""
 
     binds: tuple[tuple[Path, str], ...]
-    argv: tuple[str, ...]
+    python: tuple[str, ...]
+
+    def running(self, call: str) -> tuple[str, ...]:
+        """The command whose process does `call` of `container.py`, with what it is given as a literal."""
+        return (
+            *self.python,
+            "-c",
+            f"import sys; sys.path.append({KIT + '/code'!r}); import container; container.{call}",
+        )
 
 
 @functools.cache
@@ -61,12 +69,11 @@ def make_kit() -> Kit:
     if not folder.is_dir():
         _build(folder, python, loader, libraries)
     stdlib = Path(sysconfig.get_path("stdlib"))
-    start = f"import sys; sys.path.append({KIT + '/code'!r}); import container; container.main()"
     return Kit(
         binds=((folder, KIT), (stdlib, f"{KIT}/{sys.platlibdir}/{_PYTHON}")),
-        argv=(
+        python=(
             *(f"{KIT}/bin/ld.so", "--library-path", f"{KIT}/lib", f"{KIT}/bin/{_PYTHON}"),
-            *("-I", "-S", "-B", "-W", "ignore", "-c", start),
+            *("-I", "-S", "-B", "-W", "ignore"),
         ),
     )
 

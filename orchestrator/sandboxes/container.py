@@ -92,6 +92,9 @@ PLAIN = MS_NOSUID | MS_NODEV
 PROOF = "proof:"
 """What the end of a handle is said with: pid, namespace, processes looked at, processes found in it."""
 
+GIVEN = 3
+"""What `give_for_good` exits with; 0 would say that somebody wants to look into the container."""
+
 CONTROL = 3
 """The file descriptor of a handle's control socket."""
 
@@ -489,19 +492,35 @@ def make_way(path: str, *, is_folder: bool, agent: int) -> None:
 def prepare(settings: dict[str, Any]) -> None:
     """The folders, and the user that agents are."""
     os.chmod(PRIVATE, 0o700)
-    for folder in (*TRUSTED, *settings["shared"]):
-        os.makedirs(folder, exist_ok=True)
     for folder in TRUSTED:
+        os.makedirs(folder, exist_ok=True)
         os.chmod(folder, 0o700)
     os.makedirs(HOME, exist_ok=True)
     if not os.path.isdir(TMP):
         os.mkdir(TMP)
         os.chmod(TMP, 0o1777)
     os.makedirs(f"{PRIVATE}/handles", exist_ok=True)
-    settings["agent"] = agent_of(settings["user"])
-    if settings["agent"]["uid"]:
-        for folder in settings["shared"]:
-            hand_over(folder, settings["agent"]["uid"], settings["agent"]["gid"])
+    settings["agent"] = give(settings["shared"], settings["user"])
+
+
+def give(folders: list[str], name: str) -> dict[str, int]:
+    """Make folders the agents', and return who these are. What an image already has so costs a look at it."""
+    agent = agent_of(name)
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+        if agent["uid"]:
+            hand_over(folder, agent["uid"], agent["gid"])
+    return agent
+
+
+def give_for_good(folders: list[str], name: str) -> NoReturn:
+    """The same as PID 1 of a container that an image is made of: a file that changes hands is copied, once here."""
+    try:
+        give(folders, name)
+    except OSError as exc:
+        print(exc, flush=True)  # noqa: T201 - the container's log
+        os._exit(1)
+    os._exit(GIVEN)
 
 
 def agent_of(name: str) -> dict[str, int]:

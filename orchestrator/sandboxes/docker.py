@@ -46,9 +46,10 @@ import attrs
 from aiodocker.exceptions import DockerError
 
 from orchestrator._tasks import Detached, first_of
+from orchestrator.install import locked
 from orchestrator.sandboxes import Network, SandboxSpec, container
 from orchestrator.sandboxes._docker_engine import Engine, EngineError, check_engine
-from orchestrator.sandboxes._docker_image import Image, find_image
+from orchestrator.sandboxes._docker_image import Image, find_image, given_lock, given_tag, inspected
 from orchestrator.sandboxes._docker_kit import IDLE, Kit, make_kit
 from orchestrator.sandboxes._files import open_source, open_target
 from orchestrator.sandboxes._gateway import GatewayReach
@@ -398,7 +399,8 @@ class DockerSandbox:
                 with contextlib.suppress(DockerError):
                     await old.kill()
                 await old.wait()
-            image = Image.of(await docker.images.inspect(found["Image"]))
+            named = (found["Config"]["Labels"] or {}).get(f"{LABEL}image", found["Image"])
+            image = Image.of(await docker.images.inspect(named))
         self._image_env = dict(image.env)
         self._id = container_id
         await anyio.to_thread.run_sync(_remove_root, self.root)
@@ -423,8 +425,37 @@ class DockerSandbox:
         image = await find_image(engine, image=self.image, build=self.build, image_map=self.image_map, note=self.note)
         self._image_env = dict(image.env)
         await self._refuse_gpus(engine)
-        await self._create(engine, self._config(image, kit))
+        config = self._config(image, kit)
+        try:
+            await self._create(engine, config)
+        except EngineError as exc:
+            if exc.status != 404 or config["Image"] == image.id:
+                raise
+            await self._make_given(engine, {**config, "Image": image.id}, kit, config["Image"])
+            await self._create(engine, config)
         await self._bring_up(engine, image)
+
+    async def _make_given(self, engine: Engine, config: Mapping[str, Any], kit: Kit, tag: str) -> None:
+        """Make the image in which the shared folders are the agents', while others that want the same wait.
+
+        The container for that has our name and labels, so that whoever gives us back gives it back.
+        """
+        waits = f"waiting: {self.cwd} of the image is being made the agents' by another rollout"
+        async with locked(given_lock(tag), lambda: self.note(waits)):
+            if await inspected(engine, tag):
+                return
+            work = _doing(kit, f"give_for_good({list(self._shared)!r}, {self.user!r})")
+            await self._create(engine, {**config, **work})
+            with engine.says(f"the image {tag} cannot be made") as docker:
+                made = docker.containers.container(self._id)
+                await made.start()
+                if (await made.wait())["StatusCode"] != container.GIVEN:
+                    raise SandboxError(f"container {self.name} did not come up: {await self._printed()}")
+                ours = {"Labels": dict.fromkeys(config["Labels"], "")}  # or the image would say that whose it is, too
+                repository, _, name = tag.partition(":")
+                await made.commit(repository=repository, tag=name, config=ours)
+            await _remove(engine, self._id)
+            self._id = ""
 
     async def _create(self, engine: Engine, config: Mapping[str, Any]) -> None:
         """Have the engine make the container. Who asked and heard no answer knows it by its name."""
@@ -495,13 +526,16 @@ class DockerSandbox:
     async def _log(self) -> str:
         """The end of what the container printed, for an error."""
         try:
-            assert self._engine is not None
-            with self._engine.says("log") as docker:
-                lines = await docker.containers.container(self._id).log(stdout=True, stderr=True, tail=20)
+            text = await self._printed()
         except SandboxError as exc:
             return f" ({exc})"
-        text = "".join(lines).strip()
         return f"; its log ends:\n{text}" if text else "; it printed nothing"
+
+    async def _printed(self) -> str:
+        assert self._engine is not None
+        with self._engine.says("log") as docker:
+            lines = await docker.containers.container(self._id).log(stdout=True, stderr=True, tail=20)
+        return "".join(lines).strip()
 
     async def stop(self) -> None:
         """See `Sandbox.stop`. Raises `SandboxError` when the engine does not remove the container."""
@@ -630,15 +664,15 @@ class DockerSandbox:
         mounts = [_bind(host, inside, read_only=True) for host, inside in read_only]
         mounts.append(_bind(self.root, posixpath.dirname(container.SOCKET), read_only=False))
         memory = (self.limits.memory_mb or 0) << 20
+        labels = {"sandbox": self.name, "image": image.id, **self.labels}
         return {
-            "Image": image.id,
-            "Entrypoint": [kit.argv[0]],
-            "Cmd": list(kit.argv[1:]),
+            "Image": image.id if self.user == "root" else given_tag(image, self.user, self._shared),
+            **_doing(kit, "main()"),
             "Env": ["LD_PRELOAD=", "LD_LIBRARY_PATH="],  # the image's, for its own programs: handles get them
             "User": "0:0",
             "WorkingDir": "/",
             "Hostname": "" if self.network == "host" else "sandbox",
-            "Labels": {f"{LABEL}{key}": value for key, value in {"sandbox": self.name, **self.labels}.items()},
+            "Labels": {f"{LABEL}{key}": value for key, value in labels.items()},
             "Healthcheck": {"Test": ["NONE"]},
             "HostConfig": {
                 "NetworkMode": NETWORKS[self.network],
@@ -789,6 +823,11 @@ async def _answered(control: Messages) -> tuple[bytes, int]:
             return b"", -1
         else:
             return answer, fds[0] if fds else -1
+
+
+def _doing(kit: Kit, call: str) -> dict[str, Any]:
+    command = kit.running(call)
+    return {"Entrypoint": [command[0]], "Cmd": list(command[1:])}
 
 
 def _bind(host: Path, inside: str, *, read_only: bool) -> dict[str, Any]:

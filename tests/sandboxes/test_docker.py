@@ -135,6 +135,41 @@ async def test_a_rollout_costs_six_requests_whatever_it_does(box, tmp_path):
     assert calls == [6, 6]
 
 
+async def test_a_containers_own_layer_stays_small_whatever_the_image_holds(box, tmp_path):
+    """The task's folder is made the agents' once, for all containers: each costs six requests and copies nothing."""
+    folder = _context(tmp_path, "RUN mkdir /app && head -c 30000000 /dev/urandom > /app/data && chmod 600 /app/data")
+    for sandbox in (box(build=folder), box(build=folder)):
+        await sandbox.start()
+        handle = sandbox.handle("solver")
+        await handle.open()
+        assert await said(handle, "wc -c < data && echo x >> data && stat -c %U data") == "30000000\nagent\n"
+        await handle.end()
+        await sandbox.stop()
+    assert sandbox.engine_calls == 6
+    sandbox = box(build=folder)
+    await sandbox.start()
+    found = json.loads(ask("GET", f"/containers/{sandbox.name}/json?size=true")[1])
+    assert found["SizeRw"] < 1_000_000
+
+
+async def test_many_who_want_the_same_prebuilt_image_make_its_folder_theirs_once(box, tmp_path):
+    """Four at once run one image that was made of it, under the name of a sandbox, and leave no other container."""
+    notes: list[str] = []
+    await box(
+        build=_context(tmp_path, f"RUN echo {os.urandom(8).hex()} > /built"), user="root", note=notes.append
+    ).start()
+    image = next(note.split()[3] for note in notes if note.startswith("built the image"))
+    boxes = [box(image=image) for _ in range(4)]
+    async with anyio.create_task_group() as tasks:
+        for sandbox in boxes:
+            tasks.start_soon(sandbox.start)
+    found = [json.loads(ask("GET", f"/containers/{sandbox.name}/json")[1]) for sandbox in boxes]
+    assert len({one["Image"] for one in found}) == 1
+    assert all(one["Image"] != one["Config"]["Labels"][f"{LABEL}image"] for one in found)
+    labels = json.loads(ask("GET", f"/images/{found[0]['Image']}/json")[1])["Config"]["Labels"]
+    assert set(labels.values()) == {""}, "a sweep is not to take what anybody runs of it for what that sandbox left"
+
+
 def test_it_says_that_it_needs_asyncio(docker_image):
     """On trio it is a mistake that says so, before anything is asked."""
     sandbox = DockerSandbox(name="never", image=docker_image())
@@ -840,3 +875,21 @@ async def test_a_container_that_is_left_can_be_attached_to(box, gateway):
     await second.stop()
     with pytest.raises(SandboxError, match="cannot be had again"):
         await DockerSandbox(name=first.name, image="unused", root=first.root).attach(handle)
+
+
+async def test_the_services_of_an_image_start_again_with_a_container_that_was_left(box, tmp_path):
+    """With the image's own ENTRYPOINT and ENV, though what runs is an image that was made of it."""
+    lines = ("ENV KEY=value", """ENTRYPOINT ["/bin/sh", "-c", "echo $KEY >>/started; exec \\"$@\\"", "entry"]""")
+    first = box(build=_context(tmp_path, *lines))
+    handle = await first.start()
+    started = "until [ $(wc -l </started) = {} ]; do sleep 0.01; done; tail -n 1 /started; echo $LD_PRELOAD"
+    look = first.handle("look", trusted=True)
+    await look.open()
+    assert await said(look, started.format(1)) == "value\n\n"
+    await first.leave()
+    second = DockerSandbox(name=first.name, image="unused", root=first.root)
+    await second.attach(handle)
+    look = second.handle("look", trusted=True)
+    await look.open()
+    assert await said(look, started.format(2)) == "value\n\n"
+    await second.stop()
