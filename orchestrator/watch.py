@@ -1,4 +1,4 @@
-"""Looking at a rollout while it runs: a follower of its files, and a view of two lines on a terminal.
+"""Looking at a rollout while it runs: a follower of its files, and a view of a few lines on a terminal.
 
 Viewers follow the journal: the follower reads only what was appended since it last looked, so it works as well on a
 rollout of another process. rich is imported when the view is drawn.
@@ -66,6 +66,8 @@ class Follower:
     """By role."""
     calls: int = 0
     last_step: str = ""
+    note: str = ""
+    """The newest that was said of the sandbox while it comes up: an image that is built, an agent that is installed."""
     paused_by: str = ""
     _tails: dict[str, Tail] = attrs.field(init=False)
 
@@ -85,15 +87,18 @@ class Follower:
         return self.state in CLOSED
 
     def look(self) -> list[dict[str, Any]]:
-        """Read on. Returns the transitions that were new."""
-        moved = []
+        """Read on. Returns what was new of the journal: the transitions, and the notes on a sandbox that comes up."""
+        new = []
         for record in self._tails["journal"].lines():
             if record.get("type") == "header":
                 self.rollout, self.where = record["rollout"], (INITIAL, record["time"])
                 self.roles.update(record.get("info", {}).get("roles", {}))
             elif record.get("type") == "transition":
                 self._moved(record)
-                moved.append(record)
+                new.append(record)
+            elif record.get("type") == "note" and self.state == INITIAL:
+                self.note = one_line(record["text"], 400)
+                new.append(record)
         for line in self._tails["trajectory"].lines():
             self._stepped(line)
         for line in self._tails["director"].lines():
@@ -103,12 +108,13 @@ class Follower:
             self.calls += line.get("via") != "refused"
             used = usage.get("input_tokens", 0) + usage.get("output_tokens", 0)
             self.tokens[role] = self.tokens.get(role, 0) + used
-        return moved
+        return new
 
     def _moved(self, record: dict[str, Any]) -> None:
         if record["event"] == "Prompted":
             self.turn, self.role = self.turn + 1, str(record["data"].get("role", ""))
         self.paused_by = record["data"]["by"] if record["event"] == "Paused" else ""
+        self.note = self.note if record["dest"] == INITIAL else ""
         if record["source"] != record["dest"] or record["cause"] not in {"outside", "recovery"}:
             self.where = (record["dest"], record["time"])
 
@@ -135,6 +141,15 @@ class Follower:
             case {"text": text}:
                 self.last_step = one_line(f"{self.last_step} {text}", 2000)[-200:]
 
+    def lines(self, width: int) -> list[str]:
+        """The newest that is known of what it does: the ends of these lines, where they do not fit."""
+        if self.closed:
+            return []
+        if not self.note:
+            return [self.last_step[-width:]] if self.last_step else []
+        said, _, log = self.note.partition("; log: ")
+        return [one_line(text, width) for text in (said, f"log: {log}" if log else "", end_of(log)) if text]
+
     def line(self, now: float) -> str:
         """Where it is, for how long, and what it has done so far."""
         since = self.where[1]
@@ -149,8 +164,19 @@ class Follower:
         return f"{self.state}{by}{age}" + (f"  |  {done}" if done else "")
 
 
+def end_of(log: str) -> str:
+    """The newest line of a log that still grows; "" where there is none."""
+    try:
+        with Path(log).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
 async def follow(folder: Path, tell: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.time) -> None:
-    """Show a rollout on this terminal until it is closed. `tell` gets each transition, to print it if it wishes."""
+    """Show a rollout on this terminal until it is closed. `tell` gets what `look` returns, to print it if it wishes."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -162,8 +188,8 @@ async def follow(folder: Path, tell: Callable[[dict[str, Any]], None], clock: Ca
         colour = COLOURS.get(follower.state.partition("/")[2], "blue")
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(follower.line(clock()), style=f"bold {colour}")
-        if follower.last_step and not follower.closed:
-            text.append(f"\n  {follower.last_step[-console.width + 4 :]}", style="dim")
+        for line in follower.lines(console.width - 4):
+            text.append(f"\n  {line}", style="dim")
         return text
 
     with Live(view(), console=console, refresh_per_second=10, transient=True, auto_refresh=False) as live:

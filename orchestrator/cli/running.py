@@ -241,7 +241,7 @@ async def _controlled(rollout: Rollout) -> AsyncIterator[None]:
 
 
 async def _log(follower: Follower) -> None:
-    """A line a transition, for logs."""
+    """A line a transition, and a line a note while the sandbox comes up, for logs."""
     import anyio
 
     from orchestrator.watch import POLL_SEC
@@ -255,8 +255,12 @@ async def _log(follower: Follower) -> None:
 
 
 def _log_new(follower: Follower) -> None:
-    for moved in follower.look():
-        click.echo(f"{follower.rollout}  {moved['source']} -> {moved['dest']}  ({moved['event']})", err=True)
+    from orchestrator.show import one_line
+
+    for new in follower.look():
+        noted = new["type"] == "note"
+        said = one_line(new["text"], 400) if noted else f"{new['source']} -> {new['dest']}  ({new['event']})"
+        click.echo(f"{follower.rollout}  {said}", err=True)
 
 
 def _say_result(result: RolloutResult, page: Path | None) -> None:

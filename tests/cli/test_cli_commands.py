@@ -17,6 +17,7 @@ from test_diagram import journal_of, write_journal
 from orchestrator import cli
 from orchestrator.cli import authoring, looking
 from orchestrator.conformance import SANDBOX_CLAUSES
+from orchestrator.journal import to_json
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
 from orchestrator.show import _step, one_line, plain, rollouts_in, story_of, table, tell, tell_shortly
@@ -24,7 +25,7 @@ from orchestrator.tasks import demo_task
 from orchestrator.watch import Follower
 from states.errors import ConfigError, JournalError
 from states.events import Usage, Verified
-from states.journal import LeaseRecord, Note
+from states.journal import LeaseRecord, Note, Transition
 from states.machine import CLOSED
 from states.ports import Lease
 
@@ -544,6 +545,28 @@ def test_a_follower_tells_whose_turn_it_is_who_asked_who_answered_and_who_spent_
     (tmp_path / "director.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
     follower.look()
     assert follower.last_step == "< Go on."
+
+
+def test_a_follower_tells_what_a_sandbox_that_comes_up_is_doing(tmp_path):
+    """The newest note, the log that it names and how that ends; nothing of it once the sandbox is up."""
+    log = tmp_path / "build.log"
+    log.write_bytes(b"[1/2] FROM debian\n[2/2] RUN make\n10%\r20%\n\n")
+    records = journal_of("one turn over ACP")
+    note = {"type": "note", "seq": 1, "time": 5.0}
+    write_journal(tmp_path, records[:1])
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        for text in ("the image a stands for b", f"building the image it:1; log: {log}"):
+            file.write(json.dumps({**note, "text": text}) + "\n")
+    follower = Follower(tmp_path)
+    assert [new["text"].split()[0] for new in follower.look()] == ["the", "building"]
+    assert follower.lines(1000) == ["building the image it:1", f"log: {log}", "20%"]
+    log.unlink()
+    assert follower.lines(1000) == ["building the image it:1", f"log: {log}"]
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write(json.dumps(to_json(next(one for one in records if isinstance(one, Transition)))) + "\n")
+        file.write(json.dumps({**note, "text": "a note on what came later"}) + "\n")
+    assert [new["type"] for new in follower.look()] == ["transition"]
+    assert follower.lines(1000) == []
 
 
 def test_rows_of_different_keys_are_one_table():
