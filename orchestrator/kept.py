@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.journal import read_journal
+from orchestrator.journal import JournalSink, read_journal
 from orchestrator.sandboxes import reopen
 from states.errors import ConfigError
 from states.journal import LeaseRecord, Record, fold
@@ -23,24 +24,41 @@ async def exec_in(folder: Path, command: Sequence[str], *, role: str | None = No
         role: As this role's agent, in its HOME and `/tmp`; None is as the verifier, who sees all.
 
     Raises:
-        ConfigError: The rollout is not closed, holds no sandbox any more, or has no such role.
+        ConfigError: The rollout is not closed, holds no sandbox any more, or has no such role; or somebody else
+            looks into its sandbox just now.
         SandboxError: The sandbox is gone, or cannot be brought up.
 
     >>> (await exec_in(Path("runs/1b2c3d"), ["cat", "answer.txt"])).stdout  # doctest: +SKIP
     '42'
     """
-    records = read_journal(folder)
-    lease = _kept(folder, records)
-    name = _last_seat(records, role) if role is not None else "look"
-    sandbox: Any = await reopen(lease.handle)
+    _kept(folder, read_journal(folder))  # what cannot be had at all is said first
+    with _alone(folder):
+        records = read_journal(folder)
+        lease = _kept(folder, records)
+        name = _last_seat(records, role) if role is not None else "look"
+        sandbox: Any = await reopen(lease.handle)
+        try:
+            handle = sandbox.handle(name, trusted=role is None)
+            await handle.open()
+            result: ExecResult = await handle.exec(list(command))
+            await handle.end()
+            return result
+        finally:
+            await sandbox.leave()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the journal's lock: whoever takes a sandbox up ends what runs in it, so one at a time does."""
+    sink = JournalSink(folder / "journal.jsonl")
     try:
-        handle = sandbox.handle(name, trusted=role is None)
-        await handle.open()
-        result: ExecResult = await handle.exec(list(command))
-        await handle.end()
-        return result
+        if sink.claim() == "taken":
+            raise ConfigError(
+                f"{folder}: somebody else looks into this sandbox, or gives it back; wait until they have"
+            )
+        yield
     finally:
-        await sandbox.leave()
+        sink.close()
 
 
 def _kept(folder: Path, records: list[Record]) -> Lease:

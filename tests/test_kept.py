@@ -70,6 +70,28 @@ def test_what_was_kept_is_looked_into_and_given_back(play, capfd):
         look(folder, "true")
 
 
+def test_two_who_look_at_once_do_not_end_each_other(play):
+    """The first one gets what it asked for, the other one a sentence, and then its turn."""
+    folder = play()
+    said: list[str] = []
+
+    async def looks():
+        try:
+            said.append((await exec_in(folder, ["cat", "answer.txt"])).stdout)
+        except ConfigError as error:
+            said.append(str(error))
+
+    async def both():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(looks)
+            tasks.start_soon(looks)
+
+    anyio.run(both)
+    assert said == [f"{folder}: somebody else looks into this sandbox, or gives it back; wait until they have", "41\n"]
+    assert look(folder, "cat", "answer.txt").stdout == "41\n"
+    anyio.run(reap, folder)
+
+
 def test_a_role_finds_its_own_things(play):
     """Its HOME and `/tmp` are as its agent left them; who never was there is named."""
     folder = play()
