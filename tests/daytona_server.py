@@ -289,11 +289,11 @@ class Box:
         """Kill everything, and forget the files."""
         self.dto["state"] = "destroyed"
         control, self.control = self.control, None
-        if control is not None:
-            control.close()
         if self.process is not None:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
+        if control is not None:  # whoever waits for an answer on it has seen its end now
+            control.close()
         if self.tasks:  # they see their processes die
             _, left = await asyncio.wait(self.tasks, timeout=5)
             for task in left:
@@ -529,7 +529,8 @@ class DaytonaServer:
         try:
             await self._boot(box)
         except BaseException:
-            await self.vanish(box_id)
+            if box_id in self.boxes:  # nobody has deleted it meanwhile
+                await self.vanish(box_id)
             raise
         if body.snapshot:
             shutil.copytree(self.snapshots[body.snapshot], box.root / "app", dirs_exist_ok=True)

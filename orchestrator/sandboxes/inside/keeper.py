@@ -137,11 +137,15 @@ def config() -> Dict[str, Any]:
 
 
 def start(asked: Dict[str, Any]) -> Answer:
-    """Make folders, the agent and the inner network; say what there is."""
+    """Make folders, the agent and the inner network; say what there is.
+
+    Who asked may have gone before the answer, or not have heard it, and asks again: the first call may still be at it.
+    """
     caller = int(os.environ.get("SUDO_UID", "0"))
     for folder, mode in ((ROOT, 0o711), (HANDLES, 0o700), (BINDS, 0o755), (EMPTY, 0o555), (IN, 0o700), (OUT, 0o700)):
         os.makedirs(folder, exist_ok=True)
         os.chmod(folder, mode)
+    lock(ROOT)
     for folder in (IN, OUT):
         os.chown(folder, caller, -1)
     agent = AGENT_UID if asked["agent"] == "agent" and system.is_mapped(AGENT_UID) else 0
@@ -194,7 +198,7 @@ def adopt(folder: str, owner: int) -> None:
 
 def make_network() -> None:
     """The inner network: it lasts as long as `NETWORK` shows it."""
-    if is_namespace(NETWORK):  # this call's answer was lost
+    if is_namespace(NETWORK):  # this call's answer was lost, or the start before was cancelled
         return
     with open(NETWORK, "a"):
         pass
@@ -402,7 +406,7 @@ def pid_one(handle: str) -> Optional[Tuple[int, str]]:
 
 
 def lock(folder: str) -> None:
-    """One call at a time opens or ends a handle; the lock goes with this process."""
+    """One call at a time sets up the sandbox, or opens or ends a handle; the lock goes with this process."""
     import fcntl
 
     fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX)
