@@ -36,6 +36,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 CANNOT = {
     "home_and_tmp_are_private": "`/tmp` is one for all: there is one disk, and no namespace to be had",
     "processes_have_private_homes": "the same, for commands; HOME and TMPDIR are each handle's own",
+    "what_a_dead_owner_left_is_reaped": "whoever brought it takes it down: it is found by nothing but that object",
     "agents_cannot_reach_the_tests": "commands see the whole disk; the tests are there only while no agent lives",
 }
 """Clauses that do not hold, and why not."""
