@@ -12,7 +12,7 @@ from pathlib import Path
 
 import docker_images
 import pytest
-from requirements import missing
+from requirements import bubblewrap, missing
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 
@@ -33,6 +33,12 @@ def snapshot(snapshot):
 def anyio_backend(request):
     """Both loops; a test of a part that needs asyncio overrides this in its module."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def bwrap():
+    """A bubblewrap that comes up."""
+    bubblewrap()
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,7 @@ def hello_world(tmp_path_factory):
         packed = subprocess.run(archive, check=True, capture_output=True, timeout=60).stdout
         subprocess.run(["tar", "-x", "-C", str(place)], input=packed, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        requirements.missing("benchflow", f"BenchFlow's repository cannot be had: {error}")
+        requirements.missing("benchflow", f"give a clone of BenchFlow in ROLLOUT_BENCHFLOW; it cannot be had: {error}")
     return place / HELLO
 
 
@@ -163,7 +163,7 @@ def test_benchflows_own_hello_world_runs_as_it_is(tmp_path, hello_world, agent, 
     """Its base image is mapped to one that is here, its Dockerfile is built, its tests are run."""
     result = play(agent, task=hello_world, image_map={"ubuntu:24.04": DEBIAN}, out=tmp_path)
     if any("apt-get" in error["message"] for error in result.errors):
-        pytest.skip("its Dockerfile installs a Debian package, and no mirror is within reach")
+        requirements.missing("benchflow", "its Dockerfile installs a Debian package, and no mirror is within reach")
     assert (result.state, result.reward) == ("closed/rewarded", reward), (result.verdict, result.errors)
     assert f"the image {DEBIAN} stands for ubuntu:24.04 (image map)" in result.notes
 

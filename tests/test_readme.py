@@ -21,8 +21,6 @@ from hosts import host_python, host_run
 from orchestrator import cli
 from orchestrator.config import Network, UsageTracking
 from orchestrator.registry import default_registry
-from orchestrator.sandboxes import _bwrap
-from states.errors import SandboxError
 from states.machine import STATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,17 +66,6 @@ HOSTED = [block for block in ALL if block.language == "python" and block.host]
 CONSOLE = [block for block in ALL if block.language == "console" and not block.excuse and block.page == "README.md"]
 
 
-@pytest.fixture(scope="module")
-def sandboxed():
-    """A bubblewrap that comes up: what the blocks run in."""
-    try:
-        done = subprocess.run([_bwrap.bwrap_path(), "--unshare-all", "--ro-bind", "/", "/", "true"], check=False)
-    except SandboxError as error:
-        pytest.skip(str(error))
-    if done.returncode:
-        pytest.skip("bubblewrap does not come up here; see rollout doctor")
-
-
 def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run as a reader would, with the programs of this environment and without anybody's keys."""
     env = {name: value for name, value in os.environ.items() if not name.endswith("_API_KEY")}
@@ -88,7 +75,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.sandbox
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_block_runs_as_it_stands(block, tmp_path, sandboxed):
+def test_python_block_runs_as_it_stands(block, tmp_path, bwrap):
     """Saved as a file and run, it ends well; its asserts are the README's promises."""
     file = tmp_path / "block.py"
     file.write_text(block.text)
@@ -108,7 +95,7 @@ def test_python_block_runs_in_its_host(block, tmp_path):
 
 @pytest.mark.sandbox
 @pytest.mark.parametrize("block", CONSOLE, ids=str)
-def test_commands_do_what_is_shown(block, tmp_path, sandboxed):
+def test_commands_do_what_is_shown(block, tmp_path, bwrap):
     """Each command of a block works, in order, in one folder; where output is shown, it is the real one."""
     commands = re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]
     for command in commands:
@@ -315,7 +302,7 @@ def test_the_extras_are_those_of_the_package():
 
 
 @pytest.mark.sandbox
-def test_the_artifacts_are_those_of_a_rollout(tmp_path, sandboxed):
+def test_the_artifacts_are_those_of_a_rollout(tmp_path, bwrap):
     """Every file of a finished rollout is in the table, and nothing else is (`llm.jsonl` comes with the first call)."""
     done = run(["rollout", "run", "demo", "--agent", "oracle", "--quiet"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -326,7 +313,7 @@ def test_the_artifacts_are_those_of_a_rollout(tmp_path, sandboxed):
 
 
 @pytest.mark.sandbox
-def test_a_kept_sandbox_is_given_back_when_its_folder_is_named(tmp_path, sandboxed):
+def test_a_kept_sandbox_is_given_back_when_its_folder_is_named(tmp_path, bwrap):
     """Not by reaping all of `runs`: somebody wanted to keep it."""
     assert run(shlex.split("rollout run demo --agent oracle --quiet --keep-sandbox always"), tmp_path).returncode == 0
     (folder,) = (tmp_path / "runs").iterdir()

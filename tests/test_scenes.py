@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 from pathlib import Path
 
 import anyio
@@ -19,7 +18,6 @@ from orchestrator.directors import Story, TurnTaken
 from orchestrator.gateway.scripted import DIALECTS, Say, ScriptedUpstream, ShellScript
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.registry import default_registry
-from orchestrator.sandboxes import _bwrap
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.scenes import (
     User,
@@ -36,7 +34,7 @@ from orchestrator.scenes import (
 )
 from orchestrator.show import story_of, tell
 from orchestrator.tasks import load_task
-from states.errors import ConfigError, SandboxError
+from states.errors import ConfigError
 
 GOOD = """\
 timeout = 60
@@ -604,17 +602,6 @@ def test_the_trace_of_a_scene(pattern, transport, snapshot):
 
 
 # --- played from a file -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bwrap():
-    """A working bubblewrap."""
-    try:
-        done = subprocess.run([_bwrap.bwrap_path(), "--unshare-all", "--ro-bind", "/", "/", "true"], check=False)
-    except SandboxError as error:
-        pytest.skip(str(error))
-    if done.returncode:
-        pytest.skip("bubblewrap does not come up here; see rollout doctor")
 
 
 @pytest.fixture

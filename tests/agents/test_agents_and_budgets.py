@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import anyio
 import attrs
 import pytest
+from requirements import missing
 
 from orchestrator import Budgets, Role, Rollout, RolloutConfig, Scene, Turn, Usage
 from orchestrator.directors import model_user
@@ -57,8 +57,7 @@ def play(play):
     async def checked(agent, script, **settings):
         extra = ALL[agent]
         if extra and importlib.util.find_spec(extra) is None:
-            say = pytest.fail if "agents" in os.environ.get("ROLLOUT_REQUIRE", "").split(",") else pytest.skip
-            say(f"the extra {agent} is not installed")
+            missing("agents", f"the extra {agent} is not installed")
         return await play(agent, script, **settings)
 
     return checked

@@ -17,9 +17,7 @@ from anyio.from_thread import start_blocking_portal
 from orchestrator import cli
 from orchestrator.cli import options
 from orchestrator.gateway.scripted import Always, Fail, ScriptedUpstream, ShellScript
-from orchestrator.sandboxes import _bwrap
 from orchestrator.tasks import DEMO_COMMAND
-from states.errors import SandboxError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,17 +45,6 @@ def run(tmp_path, capfd, monkeypatch):
         return code, said.out, said.err
 
     return go
-
-
-@pytest.fixture
-def bwrap():
-    """A working bubblewrap."""
-    try:
-        done = subprocess.run([_bwrap.bwrap_path(), "--unshare-all", "--ro-bind", "/", "/", "true"], check=False)
-    except SandboxError as error:
-        pytest.skip(str(error))
-    if done.returncode:
-        pytest.skip("bubblewrap does not come up here; see rollout doctor")
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
