@@ -12,7 +12,7 @@ import anyio
 import attrs
 import pytest
 from hosts import host_env, host_python, host_run, once
-from late import LATE_SEC
+from late import LATE_SEC, WORDS
 from trials import HERE, KEY, TRIAL_SEC, counted, left_in, passed, provider, run_counted, scratch
 
 from orchestrator.journal import read_journal
@@ -159,6 +159,19 @@ def test_harbors_timeout_keeps_the_context_and_ends_the_agent(trials):
     assert trial.passed[-5:] == ["cancelling", "capturing/whole", "quiescing", "releasing", "closed/cancelled"]
 
 
+def test_what_was_said_before_harbors_timeout_is_in_its_trajectory_and_its_context(trials):
+    """Words and command of the one call that was made, its tokens, and that it was a whole turn that was cut off."""
+    trial = trials["late"]
+    trajectory = json.loads((trial.folder / "agent" / "trajectory.json").read_text())
+    asked, acted = trajectory["steps"]
+    assert (asked["source"], acted["message"]) == ("user", WORDS)
+    assert [call["function_name"] for call in acted["tool_calls"]] == ["bash"]
+    assert acted["metrics"]["prompt_tokens"] == trial.provider.input_tokens
+    told = trial.context["metadata"]
+    assert (told["turns"], told["tool_calls"], told["ended_by"]) == (1, 1, "cancelled")
+    assert trial.context["n_output_tokens"] == trial.provider.output_tokens > 0
+
+
 def test_what_must_not_be_graded_has_no_reward_in_harbor_either(trials):
     """The provider refused every call: that is no 0.0, and the name of the error says who it was."""
     trial = trials["refused"]
@@ -208,7 +221,7 @@ def test_every_key_that_harbor_defines_for_a_task_is_known_here(harbor_says):
 
 
 def test_a_host_that_is_interrupted_gets_everything_back(tmp_path):
-    """^C in the middle of a turn: the rollout is captured, released and closed before Harbor ends."""
+    """^C in the middle of a turn: the rollout is captured, told, released and closed before Harbor ends."""
     python = host_python("harbor")
 
     async def main() -> None:
@@ -239,6 +252,8 @@ def test_a_host_that_is_interrupted_gets_everything_back(tmp_path):
     folded = fold(read_journal(journal))
     assert folded.position.state == "closed/cancelled", told(tmp_path)
     assert folded.leases == {}
+    (trajectory,) = tmp_path.glob("job/*/agent/trajectory.json")
+    assert WORDS in [step["message"] for step in json.loads(trajectory.read_text())["steps"]]
     assert left_in(tmp_path, "harbor-local") == []
 
 

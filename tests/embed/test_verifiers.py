@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 import pytest
 from hosts import host_python, once
+from late import WORDS
 from trials import HERE, KEY, counted, left_in, passed, run_counted
 
 from states.events import Usage
@@ -96,10 +97,21 @@ def test_a_timeout_of_verifiers_ends_the_rollout_and_its_agent(traced):
     assert one.counted == (1, one.provider.input_tokens, one.provider.output_tokens)
 
 
+def test_what_was_said_before_a_timeout_of_verifiers_is_in_its_trace(traced):
+    """The prompt, and the words and the tool call of the one call that was made."""
+    said = [node["message"] for node in traced["late"].trace["nodes"]]
+    assert [message["role"] for message in said][-2:] == ["user", "assistant"]
+    assert said[-1]["content"] == WORDS
+    assert len(said[-1]["tool_calls"]) == 1
+    told = traced["late"].rollout
+    assert (told["turns"], told["tool_calls"], told["ended_by"]) == (1, 1, "cancelled")
+
+
 def test_a_limit_of_turns_is_verifiers_own(traced):
     """Its interception refuses the second call; what was done by then is rewarded."""
     one = traced["turns"]
     assert (one.trace["ok"], one.trace["stop_condition"]) == (True, "max_turns")
+    assert one.trace["nodes"][-1]["message"]["role"] == "assistant"
     assert one.provider.calls == 1
     assert one.reward == 1.0
 
