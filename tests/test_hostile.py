@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 
 import anyio
 import attrs
 import pytest
+from exec_boxes import Box
 
 from orchestrator import Rollout, RolloutConfig
 from orchestrator.gateway.script import Say, Shell, Steps
 from orchestrator.gateway.scripted import ScriptedUpstream
 from orchestrator.gateway.upstream import Upstream
 from orchestrator.registry import default_registry
+from orchestrator.sandboxes.local import LocalSandbox
 from orchestrator.tasks import load_task
 from orchestrator.tasks.authoring import DEMO_WRONG_COMMAND, demo_task
 
@@ -61,6 +65,50 @@ async def test_an_agent_that_cheats_gets_what_its_work_is_worth(tmp_path, attack
     """The answer is wrong, so the reward is 0.0, whatever was planted beside it."""
     result = await play(tmp_path, DEMO_WRONG_COMMAND, attack)
     assert (result.state, result.reward) == ("closed/rewarded", 0.0), (result.verdict, result.errors)
+
+
+WAITS = """
+exec 9>/app/lock
+flock 9
+echo held > /app/held
+while [ ! -e /app/now ]; do sleep 0.02; done
+sh /app/solve.sh
+"""
+HOPS = """
+import fcntl, os
+lock = open("/app/lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", file=open("/app/held", "w"), flush=True)
+while not os.path.exists("/app/now"):
+    os.fork() and os._exit(0)
+os.system("sh /app/solve.sh")
+"""
+
+
+@pytest.mark.parametrize("late", [f"sh -c '{WAITS}'", f"python3 -c '{HOPS}'"], ids=["waits", "hops"])
+@pytest.mark.parametrize("kind", ["local", "exec-only"])
+async def test_what_a_timed_out_agent_left_running_earns_nothing(tmp_path, kind, late):
+    """It detached a process that writes the right answer once the tests begin, and they wait for it: it is dead."""
+    task = tmp_path / "task"
+    shutil.copytree(demo_task(), task)
+    test = task / "tests/test.sh"
+    test.write_text(test.read_text().replace("\nexpected=0\n", "\ntouch now; flock lock cat held\nexpected=0\n"))
+    solve = f"cat > solve.sh <<'END'\n{(task / 'solution/solve.sh').read_text()}END\n"
+    detached = f"{solve}setsid {late} >/dev/null 2>&1 & sleep 1000"
+    box = Box(LocalSandbox(name="box", root=tmp_path / "box"), has_environment=False)
+    config = RolloutConfig(
+        task=task,
+        agent="scripted",
+        sandbox=box if kind == "exec-only" else kind,
+        env={"ROLLOUT_SCRIPT": json.dumps({"turns": [[{"shell": detached}]]})},
+        out=tmp_path / "runs",
+        turn_sec=3,
+        deadlines={"cancelling": 0.5},
+    )
+    result = await Rollout(config).run()
+    assert (result.state, result.reward, result.ended_by) == ("closed/rewarded", 0.0, "deadline"), result.errors
+    said = (result.folder / "verifier/run-1/stdout.txt").read_text()
+    assert re.fullmatch(r"held\nexpected \d+, found ''\n", said), "it never ran, or wrote something"
 
 
 async def test_a_fork_bomb_ends_in_a_verdict(tmp_path):

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "sandboxes"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_sandboxes import round_trip_ms
 from exec_boxes import Box
