@@ -108,9 +108,9 @@ async def _read(channel: ByteChannel, size: int) -> bytes:
     return bytes(taken)
 
 
-def _holding(lock: str) -> str:
+def _holding(lock: str, then: str = "exec sleep 100000") -> str:
     """A shell command that says so once it holds `lock`, and holds it for ever."""
-    return f"exec 9>{lock}; flock 9; echo held > {lock}.held; exec sleep 100000"
+    return f"exec 9>{lock}; flock 9; echo held > {lock}.held; {then}"
 
 
 async def _held(handle: SandboxHandle, lock: str) -> None:
@@ -643,10 +643,16 @@ async def handles_open_and_end_idempotently(make: MakeSandbox) -> None:
 
 
 async def ending_a_handle_ends_all_that_it_started(make: MakeSandbox) -> None:
-    """A command in flight, a process, and a daemon that detached itself (double fork, setsid) are dead after `end`."""
+    """A command in flight, a process, and daemons (double fork, setsid) are dead after `end`; one of them keeps moving.
+
+    It forks and exits in a loop, so that it is never where a list of processes says that it is.
+    """
+    hop = "h='[ -e /app/hopper.held ] || exit; sh -c \"$h\" &'"
+    hopping = _holding("/app/hopper", 'eval "$h"')
     async with _up(make) as sandbox:
         handle, other = await _opened(sandbox, "solver"), await _opened(sandbox, "other")
         await _output(handle, f"(setsid sh -c '{_holding('/app/daemon')}' </dev/null >/dev/null 2>&1 &) ; true")
+        await _output(handle, f"({hop} setsid sh -c '{hopping}' </dev/null >/dev/null 2>&1 &) ; true")
         channel = await handle.spawn(["sh", "-c", _holding("/app/spawned")])
         failed: list[SandboxError] = []
 
@@ -658,11 +664,11 @@ async def ending_a_handle_ends_all_that_it_started(make: MakeSandbox) -> None:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(in_flight)
-            for name in ("daemon", "spawned", "command"):
+            for name in ("daemon", "hopper", "spawned", "command"):
                 await _held(other, f"/app/{name}")
                 true(f"the lock of {name} is free too early", not await _is_free(other, f"/app/{name}"))
             await handle.end()
-            for name in ("daemon", "spawned", "command"):
+            for name in ("daemon", "hopper", "spawned", "command"):
                 true(f"{name} is alive after end", await _is_free(other, f"/app/{name}"))
         true("the command in flight did not fail", failed)
         same("exit code of the process", await channel.wait(), -9)
