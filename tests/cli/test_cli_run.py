@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from anyio.from_thread import start_blocking_portal
 from orchestrator import cli
 from orchestrator.cli import options
 from orchestrator.gateway.scripted import Always, Fail, ScriptedUpstream, ShellScript
-from orchestrator.tasks import DEMO_COMMAND
+from orchestrator.tasks import DEMO_COMMAND, demo_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +49,17 @@ def run(tmp_path, capfd, monkeypatch):
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_a_sandbox_that_comes_up_is_a_line_of_the_log(run, tmp_path):
+    """Before it is up, and under the rollout's name: so that a build of minutes is seen."""
+    shutil.copytree(demo_task(), tmp_path / "task")
+    with (tmp_path / "task/environment/Dockerfile").open("a") as dockerfile:
+        dockerfile.write("RUN make everything\n")
+    _, _, err = run("task", "--agent", agent(tmp_path, "a", {"turns": [[{"say": "hello"}]]}))
+    (folder,) = (tmp_path / "runs").iterdir()
+    came_up = err.partition("provisioning -> disconnected")[0]
+    assert re.search(rf"^{folder.name}  .*RUN make everything", came_up, re.MULTILINE), err
 
 
 def test_a_rollout_without_a_verifier_exits_with_0_and_says_where_everything_is(run, tmp_path):
