@@ -1,8 +1,9 @@
 """Who drives a rollout, whether that process is there, and so whether a sandbox was left behind.
 
-A process is known by its machine, its number and its start, so that a number that was given anew is nobody's. That is
-written into the journal and onto every sandbox. It says who made the sandbox; who has the rollout now may be another
-process, which holds the lock of its journal from before it does anything else.
+A process is known by its machine, its number and its start, so that a number that was given anew is nobody's. Machines
+and containers share names ("localhost", "worker-0"), so a machine is its kernel's boot and the space that the number
+counts in. That is written into the journal and onto every sandbox. It says who made the sandbox; who has the rollout
+now may be another process, which holds the lock of its journal from before it does anything else.
 """
 
 from __future__ import annotations
@@ -15,14 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.journal import JournalSink, read_journal
-from states.errors import OrchestratorError, SandboxError
+from states.errors import JournalError, OrchestratorError, SandboxError
 from states.events import Recovered
 from states.journal import Header, Record, Transition
 
 
 def owner() -> dict[str, Any]:
     """Which process drives what this process drives: found alive or dead by whoever wants to take it over."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    return {**_place(), "pid": os.getpid(), "started": started_at(os.getpid())}
+
+
+def _place() -> dict[str, str]:
+    """Where process numbers mean what they do here: host, boot, and PID namespace; "" for what is not to be known."""
+    place = {"host": socket.gethostname(), "boot": "", "space": ""}
+    with contextlib.suppress(OSError):
+        place["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        place["space"] = str(Path("/proc/self/ns/pid").stat().st_ino)
+    return place
+
+
+def is_of_here(owned: Mapping[str, Any]) -> bool:
+    """Whether the process that `owner` described can be looked for here: its number means nothing elsewhere."""
+    return all(value and owned.get(key) == value for key, value in _place().items())
 
 
 def started_at(pid: int) -> str | None:
@@ -58,11 +73,12 @@ def labels_of(rollout: str, folder: Path | None) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def left_behind(labels: Mapping[str, str]) -> Iterator[bool]:
+def left_behind(labels: Mapping[str, str], *, unknown: bool = False) -> Iterator[bool]:
     """Whether nobody has the sandbox with these labels any more; as long as this lasts, nobody takes it up.
 
-    What another machine's process made is never ours to judge. Where there is a journal its lock decides, since who
-    made the sandbox may be dead and who went on with the rollout alive.
+    `unknown` is the answer where that cannot be known here: what was made elsewhere, under this machine's name too, is
+    not ours to judge. Where there is its journal its lock decides, since who made the sandbox may be dead and who went
+    on with the rollout alive.
 
     Raises `JournalError` when there is a journal that cannot be opened.
 
@@ -70,20 +86,34 @@ def left_behind(labels: Mapping[str, str]) -> Iterator[bool]:
     ...     left
     False
     """
-    maker = {key: labels.get(f"owner-{key}", "") for key in ("host", "pid", "started")}
-    if maker["host"] != socket.gethostname() or not maker["pid"].isdigit() or is_alive(maker):
+    maker = {key: labels.get(f"owner-{key}", "") for key in owner()}
+    here, folder = is_of_here(maker) and maker["pid"].isdigit(), Path(labels.get("folder") or os.devnull)
+    if here and is_alive(maker):
         yield False
-        return
-    folder = Path(labels.get("folder") or os.devnull)
-    if not (folder / "journal.jsonl").is_file():
-        yield True
-        return
-    sink = JournalSink(folder / "journal.jsonl")
-    try:
-        whose = sink.claim()
-        yield whose == "ours" or (whose == "unknown" and not is_alive(owner_of(read_journal(folder))))
-    finally:
-        sink.close()
+    elif not (folder / "journal.jsonl").is_file() or not (here or _is_of(folder, labels)):
+        yield here or unknown
+    else:
+        sink = JournalSink(folder / "journal.jsonl")
+        try:
+            whose = sink.claim()
+            yield whose == "ours" or (whose == "unknown" and _is_gone(owner_of(read_journal(folder)), unknown))
+        finally:
+            sink.close()
+
+
+def _is_of(folder: Path, labels: Mapping[str, str]) -> bool:
+    """Whether the journal in `folder` is that of the rollout with these labels, made on a host of this name."""
+    if labels.get("owner-host") != socket.gethostname():
+        return False
+    with contextlib.suppress(JournalError):
+        return any(
+            isinstance(record, Header) and record.rollout == labels.get("rollout") for record in read_journal(folder)
+        )
+    return False
+
+
+def _is_gone(driver: Mapping[str, Any], unknown: bool) -> bool:
+    return not is_alive(driver) if is_of_here(driver) else unknown
 
 
 async def give_back_each(

@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
-from orchestrator.journal import JournalSink
+from orchestrator.journal import JournalSink, JournalWriter, MemorySink
 from orchestrator.owners import give_back_each, is_alive, labels_of, left_behind, owner, started_at
 from states.errors import JournalError, SandboxError
+from states.journal import Header
+from states.machine import Rules
 
 HOLD = """
 import sys
@@ -55,6 +57,32 @@ def test_what_a_living_process_made_is_not_left(tmp_path):
     assert not is_left({**mine, "owner-started": "1", "owner-host": "elsewhere"})
     assert not is_left({"owner-host": mine["owner-host"]})
     assert not is_left({})
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"owner-boot": "another"}, {"owner-space": "1"}, {"owner-boot": "", "owner-space": ""}],
+    ids=["another machine", "another container", "nobody knows where"],
+)
+def test_what_was_made_elsewhere_under_this_machines_name_is_not_left(dead, tmp_path, elsewhere):
+    """Its process cannot be looked for here, so it may live, unless its journal is here, which nobody holds."""
+    theirs = {**dead, **elsewhere}
+    assert not is_left(theirs)
+    assert not is_left({**theirs, "folder": "/home/somebody/runs/r1"})
+    with left_behind(theirs, unknown=True) as left:
+        assert left
+    sink, journal = MemorySink(), tmp_path / "journal.jsonl"
+    JournalWriter(sink, lambda: 0.0, Header("r2", Rules(), 0.0))
+    journal.write_bytes(b"".join(line + b"\n" for line in sink.lines))
+    assert not is_left(theirs)
+    assert is_left({**theirs, "rollout": "r2"})
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(journal)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ours\n"
+        with left_behind({**theirs, "rollout": "r2"}, unknown=True) as left:
+            assert not left
+    assert not is_left({**theirs, "rollout": "r2", "owner-host": "elsewhere"})
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -75,7 +75,7 @@ OPTIONS: Final[Mapping[str, str]] = {
     "user": "who agents are: agent (the default, without privileges), or root of the sandbox",
     "python": "the Python in the sandbox, python3 by default",
     "target": "the region of the service",
-    "owner": "for `rollout reap`: the host whose dead orchestrators are meant, this one by default",
+    "owner": "for `rollout reap`: the host whose orchestrators are all dead but those that are seen here to live",
 }
 
 DEFAULT_URL: Final = "https://app.daytona.io/api"
@@ -691,14 +691,14 @@ async def reap(handle: Mapping[str, Any]) -> None:
 
 
 async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
-    """Delete what dead orchestrators of this host left; of another one where the option `owner` names that.
+    """Delete what dead orchestrators of this host left; where the option `owner` names one, all of it but the living.
 
     What somebody living has is left alone, whoever made it, and so is what was kept, and all that we did not make.
     """
     from orchestrator.owners import give_back_each, left_behind
 
     service = await Service.connect(*access(), options.get("target"))
-    owner, here = options.get("owner") or socket.gethostname(), socket.gethostname()
+    owner = options.get("owner") or socket.gethostname()
 
     async def delete(found: Any) -> str:
         name, pid = found.labels.get(LABEL, found.id), found.labels.get("owner-pid", "?")
@@ -708,10 +708,7 @@ async def sweep(options: Mapping[str, str]) -> tuple[str, ...]:
     try:
         known = [found for found in await service.find({**MADE_BY, "owner-host": owner}) if KEPT not in found.labels]
         return await give_back_each(
-            (
-                left_behind(found.labels) if owner == here else contextlib.nullcontext(True),
-                functools.partial(delete, found),
-            )
+            (left_behind(found.labels, unknown=bool(options.get("owner"))), functools.partial(delete, found))
             for found in known
         )
     finally:

@@ -862,7 +862,7 @@ def dead():
 
 
 async def test_a_sweep_deletes_what_dead_orchestrators_of_this_host_left_and_nothing_else(loopback):
-    """A living owner's, another host's and anybody else's are left alone; another host's by its name."""
+    """A living owner's, a namesake's, another host's and anybody else's are left alone, unless a host is named."""
     ours = {f"owner-{name}": str(value) for name, value in owner().items()}
     theirs = {**ours, "owner-host": "elsewhere", "owner-pid": "1"}
     mine = {
@@ -870,6 +870,7 @@ async def test_a_sweep_deletes_what_dead_orchestrators_of_this_host_left_and_not
         "reborn": {**ours, "owner-started": "1"},
         "alive": ours,
         "elsewhere": theirs,
+        "namesake": {**ours, "owner-started": "1", "owner-boot": "another"},
     }
     made = {name: loopback.sandbox(name, labels=labels) for name, labels in mine.items()}
     for sandbox in made.values():
@@ -882,9 +883,11 @@ async def test_a_sweep_deletes_what_dead_orchestrators_of_this_host_left_and_not
         f"sandbox {name} was deleted: process {number} of {here}, which made it, is dead"
         for name, number in numbers.items()
     )
-    assert sorted(await loopback.left()) == ["alive", "elsewhere"]
+    assert sorted(await loopback.left()) == ["alive", "elsewhere", "namesake"]
     assert await sweep("daytona", {}) == ()
     await sweep("daytona", {"owner": "elsewhere"})
+    assert sorted(await loopback.left()) == ["alive", "namesake"]
+    await sweep("daytona", {"owner": here})
     assert await loopback.left() == ["alive"]
     stranger.dto["labels"] = {}
     assert await sweep("daytona", {"owner": "elsewhere"}) == ()
