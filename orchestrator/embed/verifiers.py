@@ -11,6 +11,7 @@ What the rollout says of itself is in `trace.info["rollout"]`.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,6 +40,9 @@ from states.errors import ConfigError, SandboxError
 from states.ports import ExecResult
 
 __all__ = ["RolloutHarness"]
+
+ENDS_SEC = 10.0
+"""How long a runtime may take to end a command that is not wanted any more."""
 
 
 class RolloutHarnessConfig(HarnessConfig):
@@ -173,9 +177,16 @@ class RuntimeSandbox:
         """It is up."""
 
     async def exec(self, command: str, *, timeout_sec: float | None = None) -> ExecResult:
-        """Run a command to its end."""
-        with anyio.fail_after(timeout_sec):
-            done = await self.runtime.run(["/bin/sh", "-c", command], {})
+        """Run a command to its end. It is cancelled once, as a runtime expects it, and waited for: then it is over."""
+        running = asyncio.ensure_future(self.runtime.run(["/bin/sh", "-c", command], {}))
+        try:
+            with anyio.fail_after(timeout_sec):
+                await asyncio.wait({running})
+        finally:
+            running.cancel()
+            with anyio.move_on_after(ENDS_SEC, shield=True):
+                await asyncio.wait({running})
+        done = running.result()
         return ExecResult(done.stdout, done.stderr, done.exit_code)
 
     async def upload(self, source: Path, target: str) -> None:

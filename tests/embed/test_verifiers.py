@@ -9,7 +9,7 @@ import attrs
 import pytest
 from hosts import host_python, once
 from late import WORDS
-from trials import HERE, KEY, counted, left_in, passed, run_counted
+from trials import HERE, KEY, alive, counted, left_in, passed, run_counted
 
 from states.events import Usage
 
@@ -25,7 +25,7 @@ class Traced:
 
     @property
     def reward(self) -> float | None:
-        return (self.trace["rewards"].get("by_the_tests") or {}).get("score")
+        return next((reward["score"] for reward in self.trace["rewards"].values()), None)
 
     @property
     def rollout(self) -> dict:
@@ -44,17 +44,23 @@ def folder(tmp_path_factory) -> Path:
     """Every run, in one process."""
     python = host_python("verifiers")
 
-    def run(folder: Path) -> None:
-        checks = (str(HERE / "verifiers_checks.py"), str(folder))
-        run_counted(
-            folder, python, "python", *checks, env=lambda url: {"SCRIPTED_BASE_URL": url, "SCRIPTED_API_KEY": KEY}
-        )
+    return once(tmp_path_factory, "verifiers", lambda folder: run(folder, python))
 
-    return once(tmp_path_factory, "verifiers", run)
+
+def run(folder: Path, python: Path, *names: str, **env: str) -> None:
+    """Play the trials of these names, or all that need no Docker."""
+    checks = (str(HERE / "verifiers_checks.py"), str(folder), *names)
+    models = lambda url: {"SCRIPTED_BASE_URL": url, "SCRIPTED_API_KEY": KEY, **env}  # noqa: E731
+    run_counted(folder, python, "python", *checks, env=models)
 
 
 @pytest.fixture(scope="module")
 def traced(folder) -> dict[str, Traced]:
+    return read(folder)
+
+
+def read(folder: Path) -> dict[str, Traced]:
+    """What was traced, by name."""
     found = {}
     for file in (folder / "traces").glob("*.json"):
         found[file.stem] = Traced(json.loads(file.read_text()), counted(folder, file.stem))
@@ -71,6 +77,32 @@ def test_a_run_is_rewarded_by_its_task_and_traced_to_the_token(name, traced):
     assert one.counted == (used.calls, used.input_tokens, used.output_tokens)
     assert used.calls > 0
     assert one.rollout["state"] == "closed/unverified"
+
+
+@pytest.mark.parametrize("name", ["subprocess-acp", "subprocess-scene", "subprocess-scripted"])
+def test_rollouts_run_in_the_subprocess_runtime_of_verifiers(name, traced):
+    """A folder of this machine, where nobody buries orphans: what an agent left behind is found and ended there too."""
+    assert_rewarded_and_nothing_left(name, traced[name])
+
+
+@pytest.mark.docker
+def test_rollouts_run_in_the_docker_runtime_of_verifiers(tmp_path, docker_image):
+    """A container that verifiers starts, whose PID 1 is a `sleep`: agents over ACP call the model from in there."""
+    run(tmp_path, host_python("verifiers"), "docker-acp", "docker-roles", DOCKER_IMAGE=docker_image())
+    traced = read(tmp_path)
+    assert set(traced) == {"docker-acp", "docker-roles"}
+    for name, one in traced.items():
+        assert_rewarded_and_nothing_left(name, one)
+    assert "Exception ignored" not in (tmp_path / "output.txt").read_text()
+
+
+def assert_rewarded_and_nothing_left(name: str, one: Traced) -> None:
+    """Rewarded for what is in its runtime, every call in the trace, and no process of the agent's alive."""
+    assert (one.trace["ok"], one.trace["errors"], one.reward) == (True, [], 1.0)
+    used = one.provider
+    assert one.counted == (used.calls, used.input_tokens, used.output_tokens)
+    assert one.rollout["state"] == "closed/unverified"
+    assert alive(name) == []
 
 
 def test_a_trace_holds_what_was_said_to_the_model(traced):

@@ -35,7 +35,26 @@ def in_turns(asked: Conversation) -> object:
     return (RIGHT if "Review" in asked.user else WRONG)(asked)
 
 
+def leaves_one_behind(asked: Conversation) -> object:
+    """Writes the answer only while a process lives that would outlive its command; asked to be reviewed, it is right.
+
+    That is for sandboxes which a host ships: nobody in there buries orphans.
+    """
+    answer = 42 if "Review" in asked.user or "scene" not in asked.model else 41
+    orphan = f"setsid sh -c 'sleep 1000; {mark(asked.model)}' > /dev/null 2>&1"
+    return ShellScript(f"{orphan} & kill -0 $! && echo {answer} > answer.txt")(asked)
+
+
+def mark(model: str) -> str:
+    """What is on the command line of the process that this model leaves behind."""
+    return f": left by {model}"
+
+
+SHIPPED = ("local-acp", "local-scene", "subprocess-acp", "subprocess-scene", "docker-acp", "docker-roles")
+"""Trials in sandboxes that a host ships: Inspect's `local`, verifiers' subprocess and Docker runtimes."""
+
 MODELS = {
+    **dict.fromkeys(SHIPPED, leaves_one_behind),
     "coder": WRONG,
     "reviewer": RIGHT,
     "scene": in_turns,
@@ -96,6 +115,17 @@ def left_in(folder: Path, *prefixes: str) -> list[str]:
     """What a host's program left: sandboxes of its own, folders and sockets of ours in its TMPDIR, and processes."""
     names = [path.name for path in scratch(folder).iterdir() if path.name.startswith((*prefixes, "rollout"))]
     return [*names, *(f"process {pid}: {argv}" for pid, argv in processes_of(folder))]
+
+
+def alive(model: str) -> list[int]:
+    """Processes of this machine, its containers included, that this model left behind."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):  # it is gone by now
+                if mark(model).encode() in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
+    return found
 
 
 def processes_of(folder: Path) -> list[tuple[str, str]]:

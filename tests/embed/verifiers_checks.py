@@ -14,13 +14,16 @@ import verifiers.v1 as vf
 from late import LATE_SEC
 from verifiers.v1.clients import EvalClientConfig
 from verifiers.v1.configs.agent import TimeoutConfig
+from verifiers.v1.runtimes.docker import DockerConfig
 from verifiers.v1.runtimes.subprocess import SubprocessConfig
-from verifiers_local import DEMO, DemoTask, LocalRuntime
+from verifiers_local import DEMO, AnswerTask, DemoTask, LocalRuntime
+
+SCENE = str(Path(__file__).parent / "scene.toml")
 
 TRIALS = {
     "factory": ({"agent": "minimal"}, {}),
     "acp": ({"agent": "minimal-acp"}, {}),
-    "scene": ({"scene": str(Path(__file__).parent / "scene.toml")}, {}),
+    "scene": ({"scene": SCENE}, {}),
     "late": ({"agent": "minimal"}, {"timeout": TimeoutConfig(rollout=LATE_SEC)}),
     "turns": ({"agent": "minimal"}, {"max_turns": 1}),
     "refused": ({"agent": "minimal"}, {}),
@@ -28,22 +31,47 @@ TRIALS = {
 }
 
 
-async def play(name: str, out: Path) -> None:
-    harness, limits = TRIALS[name]
-    config = vf.AgentConfig(
+SUBPROCESS = {
+    "subprocess-scripted": {"agent": "scripted-acp"},
+    "subprocess-acp": {"agent": "minimal-acp"},
+    "subprocess-scene": {"scene": SCENE},
+}
+DOCKER = {
+    "docker-acp": {"agent": "minimal-acp"},
+    "docker-roles": {"roles": {"coder": "scripted-acp", "reviewer": "minimal-acp"}},
+}
+"""In runtimes that verifiers ships; those in Docker only when they are named, with their image in DOCKER_IMAGE."""
+
+
+def config_of(name: str, out: Path, harness: dict, runtime=None, **limits) -> vf.AgentConfig:
+    return vf.AgentConfig(
         harness={"id": "rollout-orchestrator", "out": out / "runs", **harness},
-        runtime=SubprocessConfig(),
+        runtime=runtime or SubprocessConfig(),
         model=name,
         client=EvalClientConfig(base_url=os.environ["SCRIPTED_BASE_URL"], api_key_var="SCRIPTED_API_KEY"),
         **limits,
     )
+
+
+async def shipped(name: str, out: Path) -> vf.Trace:
+    runtime = DockerConfig(image=os.environ["DOCKER_IMAGE"]) if name in DOCKER else SubprocessConfig()
+    async with vf.Agent(config_of(name, out, {**SUBPROCESS, **DOCKER}[name], runtime)) as agent:
+        return await agent.run(AnswerTask(vf.TaskData(prompt="Add up the numbers.")))
+
+
+async def demo(name: str, out: Path) -> vf.Trace:
+    harness, limits = TRIALS[name]
     runtime = LocalRuntime()
     await runtime.start()
     try:
-        async with vf.Agent(config) as agent:
-            trace = await agent.run(DemoTask(vf.TaskData(prompt=DEMO.instruction, workdir="/app")), runtime=runtime)
+        async with vf.Agent(config_of(name, out, harness, **limits)) as agent:
+            return await agent.run(DemoTask(vf.TaskData(prompt=DEMO.instruction, workdir="/app")), runtime=runtime)
     finally:
         await runtime.stop()
+
+
+async def play(name: str, out: Path) -> None:
+    trace = await (demo if name in TRIALS else shipped)(name, out)
     file = out / "traces" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(trace.model_dump_json())
@@ -52,7 +80,7 @@ async def play(name: str, out: Path) -> None:
 
 async def main() -> None:
     out = Path(sys.argv[1])
-    for name in sys.argv[2:] or TRIALS:
+    for name in sys.argv[2:] or (*TRIALS, *SUBPROCESS):
         await play(name, out)
 
 

@@ -55,6 +55,17 @@ class LocalRuntime(Runtime):
         await self.handle.write_file(path, data)
 
 
+class AnswerTask(vf.Task):
+    """Scored by what stands in `answer.txt`, in a runtime that has nothing else."""
+
+    async def setup(self, runtime: Runtime) -> None:
+        await runtime.write("numbers.txt", b"40\n2\n")
+
+    @vf.reward
+    async def by_the_answer(self, runtime: Runtime) -> float:
+        return float((await runtime.read("answer.txt")).strip() == b"42")
+
+
 class DemoTask(vf.Task):
     """The demo task, scored by its own tests."""
 
