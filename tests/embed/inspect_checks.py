@@ -18,7 +18,7 @@ from inspect_ai.log import read_eval_log
 from inspect_ai.log._samples import sample_active
 from inspect_ai.model import Model, ModelOutput, ModelUsage, get_model
 from inspect_ai.util import LimitExceededError
-from inspect_local import demo
+from inspect_local import demo, shipped
 from late import LATE_SEC, WORDS
 
 from orchestrator.agents.scripted import Backstage, ScriptedAgent
@@ -72,6 +72,16 @@ register_agent("talker", protocol="session-factory", session_factory=f"{__name__
 CUT_OFF = ("working", "score", "error", "cancel")
 LIMITS = {"second-call": {"token_limit": 100}, "third-message": {"message_limit": 3}}
 
+IN_TURNS = Scene(
+    (Role("coder", "minimal-acp"), Role("reviewer", "minimal")), (Turn("coder"), Turn("reviewer", "Review."))
+)
+LOCAL = {
+    "local-scripted": {"agent": "scripted-acp"},
+    "local-acp": {"agent": "minimal-acp"},
+    "local-scene": {"scene": IN_TURNS},
+}
+"""In the sandbox that Inspect ships."""
+
 TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "factory": ({"agent": "minimal"}, {}),
     "acp": ({"agent": "minimal-acp"}, {}),
@@ -80,6 +90,7 @@ TRIALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tokens": ({"agent": "minimal"}, {"token_limit": 100}),
     "refused": ({"agent": "minimal"}, {}),
     "cancelled": ({"agent": "minimal", "out": LOGS / "runs", "hooks": (partial(cancel, LOGS / "runs"),)}, {}),
+    **{name: (settings, {}) for name, settings in LOCAL.items()},
     **{how: ({"agent": "talker", "env": {"HOW": how}}, {}) for how in CUT_OFF},
     **{name: ({"agent": "minimal"}, limit) for name, limit in LIMITS.items()},
 }
@@ -90,7 +101,7 @@ REAL = {"codex": ({"agent": "codex-acp"}, {}), "claude": ({"agent": "claude-agen
 for name in sys.argv[2:] or TRIALS:
     settings, limits = {**TRIALS, **REAL}[name]
     (log,) = evaluate(
-        demo(name, rollout_agent(**settings), **limits),
+        (shipped if name in LOCAL else demo)(name, rollout_agent(**settings), **limits),
         model=talking() if name in LIMITS else f"{MODEL}/{name}",
         log_dir=str(LOGS / name),
         display="none",

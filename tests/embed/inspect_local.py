@@ -90,6 +90,22 @@ def by_the_tests():
     return score
 
 
+@scorer(metrics=[mean()])
+def by_the_answer():
+    """What stands in `answer.txt`, in a sandbox that has nothing else."""
+
+    async def score(state: TaskState, target: Target) -> Score:
+        return Score(value=float((await sandbox().read_file("answer.txt")).strip() == "42"))
+
+    return score
+
+
+def shipped(name: str, solver) -> Task:
+    """A task in the sandbox of Inspect's that needs nothing: a folder and this machine's own processes."""
+    sample = Sample(input="Add up the numbers.", files={"numbers.txt": "40\n2\n"})
+    return Task(name=name, dataset=[sample], solver=solver, scorer=by_the_answer(), sandbox="local")
+
+
 def demo(name: str, solver, **limits) -> Task:
     """The demo task, played by this solver."""
     return Task(

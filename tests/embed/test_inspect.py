@@ -11,7 +11,7 @@ import pytest
 from hosts import host_python, host_run, once
 from late import WORDS
 from requirements import missing
-from trials import HERE, KEY, TRIAL_SEC, counted, left_in, run_counted
+from trials import HERE, KEY, TRIAL_SEC, alive, counted, left_in, run_counted
 
 from orchestrator.install import ensure_installed
 from orchestrator.registry import default_registry
@@ -30,7 +30,8 @@ class Evaluated:
 
     @property
     def score(self) -> float | None:
-        return ((self.sample["scores"] or {}).get("by_the_tests") or {}).get("value")
+        scores = self.sample["scores"] or {}
+        return next((score["value"] for name, score in scores.items() if name.startswith("by_the_")), None)
 
     @property
     def rollout(self) -> dict:
@@ -106,6 +107,15 @@ def assert_scored_and_counted(one: Evaluated) -> None:
     assert one.rollout["usage"]["total"]["input_tokens"] == one.provider.input_tokens
     assert one.rollout["usage"]["total"]["calls"] == one.provider.calls > 0
     assert one.rollout["state"] == "closed/unverified"
+
+
+@pytest.mark.parametrize("name", ["local-acp", "local-scene", "local-scripted"])
+def test_rollouts_run_in_the_sandbox_that_inspect_ships(name, evaluated):
+    """A folder of this machine, where nobody buries orphans: what an agent left behind is found and ended there too."""
+    one = evaluated[name]
+    assert (one.score, one.sample["error"], one.rollout["state"]) == (1.0, None, "closed/unverified")
+    assert one.rollout["usage"]["total"]["calls"] == one.provider.calls
+    assert alive(name) == []
 
 
 def test_each_role_has_a_model_of_inspects_own(evaluated):
