@@ -10,11 +10,14 @@ import pytest
 from docker_images import DEBIAN
 
 from orchestrator import Rollout, RolloutConfig, cli
+from orchestrator.journal import read_journal
 from orchestrator.kept import exec_in
 from orchestrator.recovery import reap
+from orchestrator.sandboxes import reopen
 from orchestrator.sandboxes.fake import FakeSandbox
 from orchestrator.tasks import demo_task
 from states.errors import ConfigError, SandboxError
+from states.journal import LeaseRecord
 
 SCRIPT = [{"shell": "echo 41 > answer.txt; echo note > ~/note; mkdir /tmp/scratch"}]
 
@@ -27,13 +30,13 @@ SCRIPT = [{"shell": "echo 41 > answer.txt; echo note > ~/note; mkdir /tmp/scratc
     ]
 )
 def play(request, tmp_path):
-    """`play(...)`: a rollout whose agent leaves a wrong answer, in a sandbox that is kept when it fails."""
+    """`play(...)`: a rollout whose agent leaves a wrong answer by default, in a sandbox that is kept when it fails."""
     if request.param == "docker":
         request.getfixturevalue("docker_image")()
     if request.param == "daytona":
         request.getfixturevalue("daytona_apart")
 
-    def play(**settings) -> Path:
+    def play(reward=0.0, **settings) -> Path:
         base = {
             "task": demo_task(),
             "agent": "scripted",
@@ -45,7 +48,7 @@ def play(request, tmp_path):
             "out": tmp_path,
         }
         result = anyio.run(Rollout(RolloutConfig(**{**base, **settings})).run)
-        assert (result.state, result.reward) == ("closed/rewarded", 0.0), result.errors
+        assert (result.state, result.reward) == ("closed/rewarded", reward), result.errors
         return Path(result.folder)
 
     return play
@@ -113,10 +116,18 @@ def test_a_sandbox_that_is_gone_is_named(play):
 
 
 def test_a_rollout_that_succeeded_kept_nothing(play):
-    """`on-failure` keeps what failed."""
+    """`on-failure` keeps what failed: this one's sandbox was given back at once, and nothing can be looked into."""
     right = [{"shell": "s=0; while read -r n; do s=$((s + n)); done < numbers.txt; echo $s > answer.txt"}]
-    with pytest.raises(AssertionError, match="closed/rewarded"):
-        play(env={"ROLLOUT_SCRIPT": json.dumps({"turns": [right]})})
+    folder = play(env={"ROLLOUT_SCRIPT": json.dumps({"turns": [right]})}, reward=1.0)
+    (found,) = [
+        record.lease.handle
+        for record in read_journal(folder)
+        if isinstance(record, LeaseRecord) and record.lease.kind == "sandbox" and record.action == "held"
+    ]
+    with pytest.raises(SandboxError, match=r"is gone|cannot be had again"):
+        anyio.run(reopen, found)
+    with pytest.raises(ConfigError, match="its sandbox was given back"):
+        look(folder, "true")
 
 
 class Stubborn(FakeSandbox):
