@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("-k", "word", default="", metavar="WORD", help="Only clauses whose name has this in it.")
 @json_option
 def conformance(sandbox: str, *, sandbox_options: tuple[str, ...], image: str | None, word: str, as_json: bool) -> int:
-    """Check that SANDBOX (local, fake, or module:Class) does what rollouts need, clause by clause.
+    """Check that SANDBOX (local, docker, daytona, fake, or module:Class) does what rollouts need, clause by clause.
 
     Real sandboxes are made, used and given back. Exits with 1 when a clause fails.
     """

@@ -20,6 +20,7 @@ from orchestrator.conformance import SANDBOX_CLAUSES
 from orchestrator.journal import to_json
 from orchestrator.registry import AgentConfig, Install, Registry
 from orchestrator.result import TrackedUsage
+from orchestrator.sandboxes import KINDS
 from orchestrator.show import _step, one_line, plain, rollouts_in, story_of, table, tell, tell_shortly
 from orchestrator.tasks import demo_task
 from orchestrator.watch import Follower
@@ -609,6 +610,36 @@ def test_a_sandbox_that_conforms_is_told_clause_by_clause(rollout):
     assert (name, asserts) in {(clause.name, clause.asserts[: len(asserts)]) for clause in SANDBOX_CLAUSES}
     assert rollout("conformance", "fake", "-k", name)[0] == 0, "what is printed is what -k takes"
     assert re.search(r"\d+ of \d+ clauses hold; \d+ left out", out)
+
+
+CONFORMS = [
+    pytest.param("local", "", marks=pytest.mark.sandbox),
+    pytest.param("docker", "idempotent", marks=pytest.mark.docker),
+    pytest.param("daytona", "idempotent", marks=[pytest.mark.sandbox, pytest.mark.daytona]),
+]
+"""What ships, and a word of the clauses that are run; all of them where they cost little."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "word"), CONFORMS)
+def test_a_sandbox_that_ships_conforms_by_its_name(rollout, request, kind, word):
+    """The command makes it, uses it and gives it back: exit code 0, and every clause that was asked for holds."""
+    if kind == "daytona":
+        request.getfixturevalue("daytona_apart")
+    image = ["--image", request.getfixturevalue("docker_image")()] if kind == "docker" else []
+    code, out, err = rollout("conformance", kind, "-k", word, "--json", *image)
+    assert code == 0, (out, err)
+    told = json.loads(out)
+    wanted = [clause.name for clause in SANDBOX_CLAUSES if word in clause.name]
+    assert [row["clause"] for row in told["clauses"]] == wanted != []
+    assert told["left_out"] == 0
+
+
+def test_what_can_be_held_against_the_clauses_is_in_the_help(rollout):
+    """Every kind that ships."""
+    code, out, _ = rollout("conformance", "--help")
+    assert code == 0
+    assert all(kind in out for kind in KINDS)
 
 
 def test_a_sandbox_of_ones_own_that_does_not_conform_is_told_where(rollout, monkeypatch):
