@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 
 import anyio
 import attrs
@@ -17,6 +22,7 @@ from states import events as ev
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox, pytest.mark.daytona]
 
+ROOT = Path(__file__).parents[1]
 THERE = {"sandbox": "daytona", "sandbox_options": {"snapshot": "prepared"}, "turn_sec": 2.0}
 KILLED_IN = ("session/acp", *(state.replace("session", "session/factory") for state in STATES))
 
@@ -53,6 +59,34 @@ async def test_a_killed_orchestrator_leaves_a_sandbox_that_is_given_back(server,
     assert not result.leaked
     assert server.boxes == {}
     assert await sweep("daytona", {}) == ()
+
+
+async def test_a_stop_of_the_command_line_leaves_no_connection_open_and_can_be_closed(
+    server, daytona_service, tmp_path
+):
+    """After ^C nobody complains of an unclosed session on stderr, and what was stopped is reaped."""
+    script = json.dumps({"turns": [[{"say": "working"}, {"wait_cancel": 60}]]})
+    argv = [sys.executable, "-m", "orchestrator", "run", "demo", "--agent", "scripted", "--sandbox", "daytona"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default::ResourceWarning"}
+    said = ""
+    async with await anyio.open_process(
+        [*argv, "--sandbox-option=snapshot=prepared", "--env", f"ROLLOUT_SCRIPT={script}"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        async for data in process.stderr:
+            fresh = "-> executing" not in said and "-> executing" in said + data.decode()
+            said += data.decode()
+            if fresh:
+                process.send_signal(signal.SIGINT)
+        assert await process.wait() == 5, said
+    assert "SIGINT: stopping" in said
+    assert not [word for word in ("Unclosed", "ResourceWarning", "Traceback") if word in said], said
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert await daytona_service.left() == [f"rollout-{folder.name}"]
+    assert (await reap(folder)).state == "closed/cancelled"
+    assert server.boxes == {}
 
 
 @pytest.mark.parametrize("state", ["provisioning", "session/acp", "executing", "checking", "verifying", "releasing"])

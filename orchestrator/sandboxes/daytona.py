@@ -321,7 +321,7 @@ class DaytonaSandbox:
     output_cap: int = OUTPUT_CAP
     gateway_url: str | None = None
     has_environment: bool = attrs.field(init=False)
-    _phase: Literal["new", "up", "stopped"] = attrs.field(default="new", init=False)
+    _phase: Literal["new", "up", "detached", "stopped"] = attrs.field(default="new", init=False)
     _lock: anyio.Lock = attrs.field(factory=anyio.Lock, init=False)
     _service: Service | None = attrs.field(default=None, init=False)
     _creating: asyncio.Task[Box] | None = attrs.field(default=None, init=False)
@@ -353,8 +353,8 @@ class DaytonaSandbox:
     async def start(self) -> Mapping[str, Any]:
         """See `Sandbox.start`. Idempotent. Raises `SandboxError` with what the service said; `ConfigError` on trio."""
         async with self._lock:
-            if self._phase == "stopped":
-                raise SandboxError(f"sandbox {self.name} was stopped; make a new one")
+            if self._phase in {"detached", "stopped"}:
+                raise SandboxError(f"sandbox {self.name} was {self._phase}; make a new one")
             if self._phase == "new":
                 self._box = await self._made()
                 await self._furnish(self._box)
@@ -448,7 +448,9 @@ class DaytonaSandbox:
     async def stop(self) -> None:
         """See `Sandbox.stop`. Bounded; what the service does not give back by then is its time to live's."""
         async with self._lock:
-            if self._service is not None and self._phase != "stopped":
+            if self._phase == "detached":
+                await reap({"name": self.name, "api_url": self.api_url})
+            elif self._service is not None and self._phase != "stopped":
                 with anyio.CancelScope(shield=True):
                     await self._give_back(self._service)
             self._phase = "stopped"
@@ -480,6 +482,17 @@ class DaytonaSandbox:
                     with anyio.CancelScope(shield=True):
                         await self._let_go(self._service, evidence)
             self._phase = "stopped"
+
+    async def detach(self) -> None:
+        """See `states.ports.Detachable`. The service is asked for nothing but the end of our channels' sessions."""
+        async with self._lock:
+            if self._service is not None and self._phase != "stopped":
+                with anyio.CancelScope(shield=True):
+                    if self._creating is not None:
+                        self._creating.cancel()
+                        await asyncio.gather(self._creating, return_exceptions=True)
+                    await self._let_go(self._service)
+                self._service, self._phase = None, "detached"
 
     async def _let_go(self, service: Service, evidence: tuple[str, ...] = ()) -> None:
         self._phase = "stopped"
@@ -540,7 +553,7 @@ class DaytonaSandbox:
 
     def _require_up(self) -> Box:
         if self._phase != "up" or self._box is None:
-            raise SandboxError(f"sandbox {self.name} {'was stopped' if self._phase == 'stopped' else 'is not started'}")
+            raise SandboxError(f"sandbox {self.name} {'is not started' if self._phase == 'new' else 'was stopped'}")
         return self._box
 
 

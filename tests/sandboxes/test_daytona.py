@@ -1070,6 +1070,27 @@ async def test_what_is_kept_stays_until_it_is_given_back_by_name(loopback):
         await reopen(found)
 
 
+async def test_a_sandbox_that_is_detached_stays_and_is_given_back_by_whoever_has_it(loopback):
+    """Its connections are closed, with whatever went over them; what it runs is there for who attaches to it."""
+    sandbox = loopback.sandbox()
+    await sandbox.detach()
+    await sandbox.start()
+    handle = sandbox.handle("solver")
+    await handle.open()
+    process = await handle.spawn(["cat"])
+    service = sandbox._service
+    for _ in range(2):
+        await sandbox.detach()
+    assert service.closed
+    assert await process.wait() == -9
+    with pytest.raises(SandboxError, match="was detached"):
+        await sandbox.start()
+    assert await loopback.left() == ["box"]
+    for _ in range(2):
+        await sandbox.stop()
+    assert await loopback.left() == []
+
+
 async def test_a_sandbox_that_cannot_be_given_back_says_so_and_lets_its_channels_go(loopback):
     """Its time to live is what remains; who waits for a process is not left waiting."""
     sandbox = loopback.sandbox()
