@@ -13,8 +13,10 @@ import json
 import random
 import secrets
 import shlex
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -184,12 +186,20 @@ def is_passing(exc: Any) -> bool:
 
 def delay_after(exc: Any, attempt: int) -> float:
     """Seconds to wait: what the service asks for, else twice as long each time, a little at random."""
-    delay: float = FIRST_DELAY_SEC * 2**attempt
     for name, value in exc.headers.items():
-        if name.lower() == "retry-after":
-            with contextlib.suppress(ValueError):
-                return min(float(value), MOST_DELAY_SEC)
+        if name.lower() == "retry-after" and (asked := seconds_until(value)) >= 0:
+            return min(asked, MOST_DELAY_SEC)
+    delay: float = FIRST_DELAY_SEC * 2**attempt
     return delay * random.uniform(0.8, 1.2)  # noqa: S311 - so that many do not come at once
+
+
+def seconds_until(value: str) -> float:
+    """A Retry-After, which is seconds or a date, as seconds from now: less than none for one that is neither."""
+    with contextlib.suppress(ValueError):
+        return float(value) if float(value) >= 0 else -1.0  # which nan is not
+    with contextlib.suppress(ValueError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    return -1.0
 
 
 def translated(what: str, exc: Any, gone: str = "") -> SandboxError:

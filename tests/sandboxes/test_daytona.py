@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email.utils
 import importlib
 import itertools
 import os
@@ -10,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -1155,8 +1157,13 @@ def test_what_runs_inside_is_python_3_8_and_needs_nothing_else(path):
 
 
 def test_a_time_that_the_service_asks_for_is_bounded():
-    """A Retry-After of a day is not slept through; without one, or with rubbish, we wait on our own terms."""
+    """Seconds or a date: a day is not slept through; without one, with rubbish or the past we wait on our own terms."""
     error = service_module.sdk().DaytonaError
     assert service_module.delay_after(error("x", 429, {"retry-after": "7"}), 0) == 7.0
     assert service_module.delay_after(error("x", 429, {"Retry-After": "86400"}), 0) == service_module.MOST_DELAY_SEC
-    assert 0 < service_module.delay_after(error("x", 429, {"Retry-After": "soon"}), 0) < 1
+    for rubbish in ("soon", "nan", "-1", "Sun, 06 Nov 1994 08:49:37 GMT", "Sun, 99 Nov 2094 08:49:37 GMT"):
+        assert 0 < service_module.delay_after(error("x", 429, {"Retry-After": rubbish}), 0) < 1
+    for seconds in (20, 86_400):
+        at = email.utils.formatdate(time.time() + seconds, usegmt=True)
+        most = min(seconds, service_module.MOST_DELAY_SEC)
+        assert most - 5 <= service_module.delay_after(error("x", 429, {"Retry-After": at}), 0) <= most
