@@ -52,6 +52,8 @@ END_SEC = 10.0
 OPEN_SEC = 15.0
 NAMED = 20
 """So many processes are named in a sentence."""
+NAMELESS_SEC = 1.0
+"""How long a process without a command line may be there: one that just starts, as a call of ours may, or ends."""
 
 UNWANTED = ("DAYTONA_", "SUDO_", "ROLLOUT_", "LC_CTYPE")
 """Variables that are not the image's: the service's, sudo's, ours, and what Python sets for itself."""
@@ -507,12 +509,16 @@ def put_down(find: Callable[[], Set[int]]) -> str:
     only a listing in which nothing was found, and while which nothing was started, says that nothing is left.
     """
     killed: Dict[int, str] = {}
+    nameless: Dict[int, float] = {}
     until = time.monotonic() + END_SEC
     while True:
         begun = system.next_number()
         found = find()
         if not found and system.next_number() == begun + 1:
             break
+        now = time.monotonic()
+        waited = {pid: nameless.setdefault(pid, now) for pid in found if not words_of(pid)}
+        found -= {pid for pid, since in waited.items() if now < since + NAMELESS_SEC}
         killed.update({pid: system.name_of(pid) for pid in found if pid not in killed})
         kill(found)
         if time.monotonic() > until:
@@ -568,10 +574,18 @@ def is_keeper(pid: int) -> bool:
         caller = int(os.environ.get("SUDO_UID", "0"))  # who it is until it has become root
         if os.stat("/proc/%d" % pid).st_uid not in (0, caller):
             return False
-        with open("/proc/%d/cmdline" % pid, "rb") as file:
-            return program().encode() in file.read()
+        return program().encode() in words_of(pid)
     except OSError:
         return False
+
+
+def words_of(pid: int) -> bytes:
+    """The command line of a process; nothing when it is gone, is about to start or to end, or does not say."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as file:
+            return file.read().strip(b"\0")
+    except OSError:
+        return b""
 
 
 # --- processes ---
