@@ -9,6 +9,7 @@ now may be another process, which holds the lock of its journal from before it d
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -23,12 +24,17 @@ from states.journal import Header, Record, Transition
 
 def owner() -> dict[str, Any]:
     """Which process drives what this process drives: found alive or dead by whoever wants to take it over."""
-    return {**_place(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    return {"host": socket.gethostname(), **_process(os.getpid())}
 
 
-def _place() -> dict[str, str]:
-    """Where process numbers mean what they do here: host, boot, and PID namespace; "" for what is not to be known."""
-    place = {"host": socket.gethostname(), "boot": "", "space": ""}
+@functools.cache  # each rollout asks twice, and a process stays what it is
+def _process(pid: int) -> Mapping[str, Any]:
+    return {**_numbers(), "pid": pid, "started": started_at(pid)}
+
+
+def _numbers() -> dict[str, str]:
+    """Where process numbers mean what they do here: boot, and PID namespace; "" for what is not to be known."""
+    place = {"boot": "", "space": ""}
     with contextlib.suppress(OSError):
         place["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         place["space"] = str(Path("/proc/self/ns/pid").stat().st_ino)
@@ -37,7 +43,8 @@ def _place() -> dict[str, str]:
 
 def is_of_here(owned: Mapping[str, Any]) -> bool:
     """Whether the process that `owner` described can be looked for here: its number means nothing elsewhere."""
-    return all(value and owned.get(key) == value for key, value in _place().items())
+    here = owner()
+    return all(here[key] and owned.get(key) == here[key] for key in ("host", "boot", "space"))
 
 
 def started_at(pid: int) -> str | None:

@@ -120,11 +120,13 @@ def _with_calls(measure: Callable[[Recorded, aiohttp.ClientSession, Path], Await
     return asyncio.run(run())
 
 
-def times_bare(count: int, agent: str = IN_PROCESS, rounds: int = 3) -> float:
+def times_bare(count: int, agent: str = IN_PROCESS) -> float:
     """Wall time of `count` rollouts at once, times that of their engine calls replayed bare, `count` at once.
 
-    What an agent over ACP has beside: a Python of its own that starts in the container.
+    Medians of several rounds, of more where few are at once. What an agent over ACP has beside: a Python of its own
+    that starts in the container.
     """
+    rounds = max(3, 16 // count)
 
     async def measure(calls: Recorded, session: aiohttp.ClientSession, scratch: Path) -> float:
         ours, bare = [], []
