@@ -86,7 +86,8 @@ async def test_three_real_agents_take_turns_in_one_sandbox(tmp_path, require_age
     assert [segment.steps[0].data["text"].split()[0] for segment in segments] == ["WRITE", "REVIEW", "FIX"]
     approvals = [s.data for s in segments[1].steps if s.data["type"] == "question"]
     assert [(step["kind"], step["answer"], step["by"]) for step in approvals] == [("approval", "approve", "handler")]
-    assert [[s for s in segment.steps if s.late] for segment in segments] == [[], [], []]
+    late = [step.data["type"] for segment in segments for step in segment.steps if step.late]
+    assert set(late) <= {"session_update"}, "an agent may tell of its session when it likes"
     answers = [s.data for s in segments[2].steps if s.data["type"] == "question" and s.data["kind"] == "elicitation"]
     assert [(QUESTION["question"] in step["prompt"], step["answer"], step["by"]) for step in answers] == [
         (True, "yes", "handler"),
